@@ -1,0 +1,23 @@
+"""Exact freezing for JAX and Optax: frozen leaves keep their bits, with any optimizer."""
+
+from frozen_optax._optimizer import with_frozen
+from frozen_optax._partition import combine, partition
+from frozen_optax._restoring import restore
+from frozen_optax._selection import Selector, by_mask, by_path, by_predicate
+from frozen_optax._step import apply_updates
+from frozen_optax._transforms import freeze, freeze_all, freeze_by_path
+
+__all__ = [
+    "Selector",
+    "apply_updates",
+    "by_mask",
+    "by_path",
+    "by_predicate",
+    "combine",
+    "freeze",
+    "freeze_all",
+    "freeze_by_path",
+    "partition",
+    "restore",
+    "with_frozen",
+]

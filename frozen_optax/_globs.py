@@ -1,0 +1,93 @@
+"""Globs over paths, read segment by segment."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+
+def _segment_regex(segment: str, glob: str) -> str:
+    """One segment of a glob as a regex that stays within a segment of the path."""
+    out, i = [], 0
+    while i < len(segment):
+        char = segment[i]
+        i += 1
+        if char == "*":
+            out.append("[^/]*")
+        elif char == "?":
+            out.append("[^/]")
+        elif char != "[":
+            out.append(re.escape(char))
+        else:
+            start = i + segment.startswith("!", i)
+            end = segment.find("]", start + 1)  # a `]` that comes first is one of the class
+            if end < 0:
+                raise ValueError(f"glob {glob!r}: the class opened by '[' is not closed. To match '[' write '[[]'.")
+            body = re.sub(r"([\\\[\]^&~|])", r"\\\1", segment[start:end])
+            out.append(f"(?!/)[{'^' if start > i else ''}{body}]")  # a range may span '/', which no segment holds
+            i = end + 1
+    return "".join(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Glob:
+    """A glob, read segment by segment. It selects the leaves it matches and those below what it matches."""
+
+    glob: str
+
+    @functools.cached_property
+    def segments(self) -> list[str]:
+        """The segments as regexes, `**` standing for itself."""
+        glob = self.glob
+        clean = re.sub("/+", "/", glob).strip("/")
+        if not clean:
+            raise ValueError(f"glob {glob!r} is empty. For every leaf write '**'.")
+        if clean != glob:
+            raise ValueError(f"glob {glob!r} has an empty segment: a path has none. Write {clean!r}.")
+        segments: list[str] = []
+        for segment in glob.split("/"):
+            if segment != "**":
+                if "**" in segment:
+                    hint = glob.replace(segment, re.sub(r"\*+", "*", segment))
+                    raise ValueError(
+                        f"glob {glob!r}: '**' stands for whole segments only. Write {hint!r} to match within a "
+                        "segment, 'a/**/b' to match at any depth."
+                    )
+                segments.append(_segment_regex(segment, glob))
+            elif segments[-1:] != ["**"]:
+                segments.append(segment)
+        return segments
+
+    @functools.cached_property
+    def regex(self) -> re.Pattern[str]:
+        """The glob on whole paths, what lies below a match included."""
+        segments = self.segments
+        if segments == ["**"]:
+            return re.compile(".*", re.DOTALL)
+        if segments[-1] == "**":  # `a/**` is `a`: naming a module names all below it
+            segments = segments[:-1]
+        parts = ["(?:[^/]*/)*" if segment == "**" else segment + "/" for segment in segments]
+        try:
+            return re.compile("".join(parts)[:-1] + "(?:/.*)?", re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"glob {self.glob!r} has a character class that cannot be read: {error}.") from error
+
+    def may_match_below(self, hole: str) -> bool:
+        """Whether some path at or below `hole` could match."""
+        segments = self.segments
+
+        def closed(positions: set[int]) -> set[int]:  # a `**` may also span nothing
+            for i in sorted(positions):
+                while i < len(segments) and segments[i] == "**":
+                    i += 1
+                    positions.add(i)
+            return positions
+
+        at = closed({0})
+        for key in hole.split("/") if hole else ():
+            if len(segments) in at:
+                return True
+            stay = {i for i in at if segments[i] == "**"}
+            at = closed(stay | {i + 1 for i in at - stay if re.fullmatch(segments[i], key, re.DOTALL)})
+        return bool(at)

@@ -1,0 +1,195 @@
+"""A whole optimizer over the trainable part: its state, its norms and its extra arguments.
+
+The wrapped optimizer never sees a frozen leaf, so nothing it does can reach one, and nothing in a frozen gradient can
+reach it. It sees a hole for each frozen leaf, as under `optax.masked`, so masks over the whole tree still fit. What is
+stored between steps is the optimizer's own state with one hole for a wholly frozen subtree: state leaves are the same
+either way, and nodes cost time at every call of a compiled function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from frozen_optax import _bits
+from frozen_optax._selection import Selection, frozen_selector
+from frozen_optax._transforms import is_placeholder, resolve_update
+from frozen_optax._trees import Resolution, describe, is_hole, up_to
+
+
+def _cut(resolution: Resolution, pieces: list[Any]) -> Any:
+    """The trainable part, a hole for each frozen leaf."""
+    return jax.tree.unflatten(resolution.holed, resolution.rest(pieces))
+
+
+def _pieces(resolution: Resolution, tree: Any) -> list[Any] | None:
+    """What stands in `tree` at each parameter's place, if the parameters' structure is a prefix of it."""
+    if jax.tree_util.treedef_is_leaf(resolution.treedef):  # a prefix of everything says nothing
+        return None
+    try:
+        return resolution.up_to(tree, "")
+    except ValueError:
+        return None
+
+
+def _is_tangent(resolution: Resolution, params: list[Any], tree: Any) -> bool:
+    """Whether `tree` is like the parameters, leaf for leaf: batch axes may stand in front, holes for what is frozen."""
+
+    def like(param: Any, piece: Any, frozen: bool) -> bool:
+        if piece is None or is_hole(piece):
+            return frozen
+        shape, expected = jnp.shape(piece), jnp.shape(param)
+        return len(shape) >= len(expected) and shape[len(shape) - len(expected) :] == expected
+
+    pieces = None if is_hole(tree) else _pieces(resolution, tree)
+    if pieces is None or not jax.tree_util.all_leaves(p for p in pieces if p is not None and not is_hole(p)):
+        return False
+    return all(map(like, params, pieces, resolution.selected))
+
+
+def _on_trainable(
+    function: Callable[..., Any], resolution: Resolution, params: list[Any] | None, cut: dict[str, tuple[Any, Any]]
+) -> Callable[..., Any]:
+    """`function` of the whole tree as a function of the trainable part, whose results are cut back to it.
+
+    `cut` holds the extra arguments that were cut, by name, with what they were: handed on, they are whole again.
+    """
+
+    def whole(tree: Any, name: str | None = None) -> Any:
+        part, original = cut.get(name, (None, None)) if name else (None, None)
+        if part is not None and tree is part:
+            return original
+        if jax.tree.structure(tree) != resolution.holed:
+            return tree
+        if params is None:
+            raise ValueError(
+                f"{getattr(function, '__name__', function)!r} takes the whole tree and the frozen values are not "
+                "known. Pass the parameters: update(updates, state, params, ...)."
+            )
+        trained = iter(jax.tree.leaves(tree))
+        columns = zip(params, resolution.selected, strict=True)
+        return resolution.unflatten([param if is_frozen else next(trained) for param, is_frozen in columns])
+
+    @functools.wraps(function)  # optimizers read the signature to see which arguments are its
+    def on_trainable(*args: Any, **kwargs: Any) -> Any:
+        result = function(*map(whole, args), **{name: whole(value, name) for name, value in kwargs.items()})
+        is_tangent = lambda node: params is not None and _is_tangent(resolution, params, node)
+        back = lambda node: _cut(resolution, resolution.up_to(node, "the result")) if is_tangent(node) else node
+        return jax.tree.map(back, result, is_leaf=is_tangent)
+
+    return on_trainable
+
+
+def _cut_extra_args(resolution: Resolution, params: list[Any] | None, extra_args: dict[str, Any]) -> dict[str, Any]:
+    """The extra arguments as an optimizer over the trainable part needs them."""
+    if not any(resolution.selected):
+        return extra_args
+    pieces = {name: _pieces(resolution, value) for name, value in extra_args.items()}
+    cut = {name: (_cut(resolution, part), extra_args[name]) for name, part in pieces.items() if part is not None}
+    functions = {name: value for name, value in extra_args.items() if name not in cut and callable(value)}
+    return {
+        **extra_args,
+        **{name: part for name, (part, _) in cut.items()},
+        **{name: _on_trainable(function, resolution, params, cut) for name, function in functions.items()},
+    }
+
+
+def with_frozen(
+    optimizer: optax.GradientTransformation, frozen: Selection = None, *, trainable: Selection = None
+) -> optax.GradientTransformationExtraArgs:
+    """`optimizer` over the trainable part of the parameters: the frozen part is neither moved, read, nor paid for.
+
+    Whatever `optimizer` is (a chain with weight decay, clipping by global norm, noise, a line search, a wrapper):
+
+    - frozen leaves get an update that is known to be zero while tracing. `frozen_optax.apply_updates` does nothing for
+      it, so they keep every bit, of any dtype. With `optax.apply_updates` they keep what `p + (-0.0)` keeps.
+    - trained leaves take the trajectory that `optimizer` gives when it is handed them alone. Frozen gradients may be
+      anything: NaN, `float0`, `None`, holes.
+    - the state is the optimizer's own state over the trainable part, one hole (`optax.MaskedNode`) standing for a
+      wholly frozen subtree, so `optax.tree_utils.tree_get` and the like find in it what they always do.
+
+    It promises this as the outermost transform. A wrapper put around it sees the frozen leaves again; the README tells
+    wrapper by wrapper what holds then.
+
+    Args:
+      optimizer: any gradient transformation.
+      frozen: what is frozen, as `freeze` takes it.
+      trainable: what is not frozen, instead.
+
+    Returns:
+      A transformation whose `update(updates, state, params=None, **extra_args)` returns updates in the structure of
+      `params`. Among the extra arguments, a callable (`value_fn`, `obj_fn`, `grad_fn`) is called with the whole tree,
+      frozen values in place, and what it returns in that structure is cut back to the trainable part; a pytree that the
+      parameters' structure is a prefix of (`grad`) is cut; arrays are passed as they are.
+
+    Raises:
+      TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select leaves. At `init`: a
+        frozen leaf is a Python scalar, or a 64-bit host array without x64, which no compiled function keeps.
+      ValueError: at `init`, or at the first update: a pattern selects nothing, a mask does not fit. At `update`: the
+        tree or the state is not that of `init`; a trainable leaf has no gradient; the parameters are missing where they
+        are needed. The message names the path.
+
+    Example:
+      >>> import frozen_optax as fo, jax, jax.numpy as jnp, optax
+      >>> params = {"encoder": {"w": jnp.array([-0.0, 1.0])}, "head": {"w": jnp.ones(2)}}
+      >>> tx = fo.with_frozen(optax.adamw(0.1), "encoder")
+      >>> state = tx.init(params)
+      >>> optax.tree_utils.tree_get(state, "mu")
+      {'encoder': MaskedNode(), 'head': {'w': Array([0., 0.], dtype=float32)}}
+      >>> loss = lambda p: jnp.sum(p["encoder"]["w"] * p["head"]["w"])
+      >>> updates, state = tx.update(jax.grad(loss)(params), state, params)
+      >>> fo.apply_updates(params, updates)["encoder"]["w"].tolist()
+      [-0.0, 1.0]
+    """
+    selector = frozen_selector(frozen, trainable)
+    inner = optax.with_extra_args_support(optimizer)
+    structures: dict[Any, Any] = {}  # (the trainable part's, a stored state's) -> that state's as `inner` made it
+
+    def store(resolution: Resolution, state: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(state)
+        stored = resolution.prune(treedef)
+        structures[resolution.holed, stored] = treedef
+        return jax.tree.unflatten(stored, leaves)
+
+    def load(resolution: Resolution, state: Any, trainable_part: Any) -> Any:
+        leaves, stored = jax.tree.flatten(state)
+        if (resolution.holed, stored) not in structures:  # made elsewhere: read from a checkpoint, say
+            fresh = store(resolution, jax.eval_shape(inner.init, trainable_part))
+            _ = up_to(jax.tree.structure(fresh), state, "the optimizer state", "a fresh state for these parameters")
+        return jax.tree.unflatten(structures[resolution.holed, stored], leaves)
+
+    def init_fn(params: Any) -> Any:
+        if is_placeholder(params):
+            return inner.init(params)
+        resolution = selector._resolve(params)
+        leaves = jax.tree.leaves(params)
+        _bits.refuse_inexact(resolution, leaves)
+        return store(resolution, inner.init(_cut(resolution, leaves)))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        resolution = resolve_update(selector, updates, params)
+        gradients = resolution.up_to(updates, "updates")
+        for path, is_frozen, gradient in zip(resolution.paths, resolution.selected, gradients, strict=True):
+            if not is_frozen and (gradient is None or is_hole(gradient)):
+                raise ValueError(
+                    f"the trainable leaf {path!r} has no gradient, found {describe(gradient)}. Differentiate with "
+                    "respect to it, or freeze it."
+                )
+        leaves = None if params is None else jax.tree.leaves(params)
+        trainable_params = None if leaves is None else _cut(resolution, leaves)
+        trainable_updates = _cut(resolution, gradients)
+        inner_state = load(resolution, state, trainable_updates if params is None else trainable_params)
+        new, inner_state = inner.update(
+            trainable_updates, inner_state, trainable_params, **_cut_extra_args(resolution, leaves, extra_args)
+        )
+        trained = iter(up_to(resolution.holed, new, "the optimizer's result", "its input"))
+        columns = zip(gradients if leaves is None else leaves, resolution.selected, strict=True)
+        new = [_bits.known_zero(leaf) if is_frozen else next(trained) for leaf, is_frozen in columns]
+        return resolution.unflatten(new), store(resolution, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

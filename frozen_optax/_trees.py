@@ -1,0 +1,162 @@
+"""Pytrees as the library walks them: paths, holes, how two structures compare, and a tree with some leaves chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import jax
+import jax.core
+import optax
+
+PyTree: TypeAlias = Any
+
+
+def is_hole(node: Any) -> bool:
+    """Whether `node` stands for a leaf or subtree that is not there."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def is_traced(leaf: Any) -> bool:
+    """Whether the values of `leaf` are not known yet."""
+    return isinstance(leaf, jax.core.Tracer)
+
+
+def keystr(path: Any) -> str:
+    """The path of a leaf as users write it: `encoder/layer_0/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten_with_holes(node: PyTree, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    """Leaves and holes in order, each with its key path; the `value` key of an NNX Variable is no part of it."""
+    nnx = sys.modules.get("flax.nnx")  # a Variable cannot exist before its module is imported
+    variable = nnx.Variable if nnx else ()
+    stop = lambda n: is_hole(n) or (isinstance(n, variable) and n is not node)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(node, is_leaf=stop)[0]:
+        full = path + (keys[1:] if isinstance(node, variable) else keys)
+        if isinstance(leaf, variable) and leaf is not node:
+            yield from flatten_with_holes(leaf, full)
+        else:
+            yield full, leaf
+
+
+def children(node: PyTree) -> tuple[list[tuple[str, Any]], Any]:
+    """The children of a node with their keys, one level down, and the node's own structure."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+    return [(keystr(path), child) for path, child in flat], treedef
+
+
+def describe(node: Any) -> str:
+    """One node or leaf in a few words, for an error message."""
+    if node is None or is_hole(node):
+        return "None" if node is None else "a hole (MaskedNode)"
+    if hasattr(node, "shape") and hasattr(node, "dtype"):
+        return f"a leaf {node.dtype}{list(node.shape)}"
+    if jax.tree_util.all_leaves([node]):
+        return f"a leaf of type {type(node).__name__}"
+    keys = [key for key, _ in children(node)[0]]
+    shown = ", ".join(keys[:6]) + (", ..." if len(keys) > 6 else "")
+    return f"a {type(node).__name__} of {len(keys)} ({shown})"
+
+
+class Mismatch(Exception):
+    """A prefix and a tree part ways: the path, what stands in the prefix, what in the tree."""
+
+
+def align(prefix: PyTree, tree: PyTree, path: str = "") -> Iterator[Any]:
+    """What stands in `tree` at each leaf of `prefix`; a hole stands for every leaf below it."""
+    if jax.tree_util.all_leaves([prefix]):
+        yield tree
+        return
+    expected, expected_def = children(prefix)
+    found, found_def = children(tree)
+    if is_hole(tree):
+        yield from (tree for _ in jax.tree.leaves(prefix))
+    elif expected_def != found_def:
+        raise Mismatch(path or "the root", describe(prefix), describe(tree))
+    else:
+        for (key, left), (_, right) in zip(expected, found, strict=True):
+            yield from align(left, right, f"{path}/{key}" if path else key)
+
+
+def up_to(treedef: Any, tree: PyTree, name: str, other: str = "the parameters") -> list[Any]:
+    """What stands in `tree` at each leaf of a structure; an error that names the path if it differs."""
+    try:
+        return treedef.flatten_up_to(tree)
+    except (ValueError, TypeError):  # one hole for a whole subtree, or an error that names no path
+        try:
+            return list(align(jax.tree.unflatten(treedef, range(treedef.num_leaves)), tree))
+        except Mismatch as mismatch:
+            path, expected, found = mismatch.args
+            raise ValueError(
+                f"{name} and {other} differ in structure at {path!r}: found {found}, expected {expected}. The "
+                "parameters, and all that goes with them, keep the structure they had at init."
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """A selector's answer for one tree structure: `selected[i]` belongs to the leaf at `paths[i]`.
+
+    Of what is not selected there are two structures. `holed` has a hole for each selected leaf: optax's masks, and
+    anything else that walks the parameters' own structure, understand it. `pruned` has one hole for a wholly selected
+    subtree: nodes cost time at every call of a compiled function, so this is what is stored.
+    """
+
+    treedef: Any
+    paths: tuple[str, ...]
+    selected: tuple[bool, ...]
+
+    def unflatten(self, leaves: Any) -> PyTree:
+        """A tree of the resolved structure."""
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def up_to(self, tree: PyTree, name: str) -> list[Any]:
+        """What stands in `tree` at each leaf of the resolved structure."""
+        return up_to(self.treedef, tree, name)
+
+    def rest(self, leaves: Iterable[Any]) -> list[Any]:
+        """Those of `leaves` that are not selected."""
+        return [leaf for leaf, selected in zip(leaves, self.selected, strict=True) if not selected]
+
+    @functools.cached_property
+    def holed(self) -> Any:
+        """The structure of what is not selected, a hole for each selected leaf."""
+        return jax.tree.structure(self.unflatten([optax.MaskedNode() if hole else 0 for hole in self.selected]))
+
+    @functools.cached_property
+    def _empty(self) -> frozenset[Any]:
+        """The structures of the largest subtrees in which nothing but holes is left."""
+        found = set()
+
+        def only_holes(node: PyTree) -> bool:
+            inside = jax.tree.leaves(node, is_leaf=is_hole)
+            if empty := bool(inside) and all(map(is_hole, inside)):
+                found.add(jax.tree.structure(node))
+            return empty
+
+        jax.tree.leaves(jax.tree.unflatten(self.holed, range(self.holed.num_leaves)), is_leaf=only_holes)
+        return frozenset(found)
+
+    @functools.cached_property
+    def _prunings(self) -> dict[Any, Any]:
+        return {}
+
+    def prune(self, treedef: Any) -> Any:
+        """`treedef`, in which copies of `holed` stand, with one hole for each wholly selected subtree."""
+        if treedef not in self._prunings:
+            self._prunings[treedef] = self._prune(treedef)
+        return self._prunings[treedef]
+
+    def _prune(self, treedef: Any) -> Any:
+        empty = lambda node: jax.tree.structure(node) in self._empty
+        tree = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+        return jax.tree.structure(jax.tree.map(lambda n: optax.MaskedNode() if empty(n) else n, tree, is_leaf=empty))
+
+    @functools.cached_property
+    def pruned(self) -> Any:
+        """The structure of what is not selected, one hole for each wholly selected subtree."""
+        return self.prune(self.holed)
