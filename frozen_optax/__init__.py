@@ -1,5 +1,6 @@
 """Exact freezing for JAX and Optax: frozen leaves keep their bits, with any optimizer."""
 
+from frozen_optax._assertions import assert_frozen, assert_trees_bit_identical
 from frozen_optax._optimizer import with_frozen
 from frozen_optax._partition import combine, partition
 from frozen_optax._restoring import restore
@@ -10,6 +11,8 @@ from frozen_optax._transforms import freeze, freeze_all, freeze_by_path
 __all__ = [
     "Selector",
     "apply_updates",
+    "assert_frozen",
+    "assert_trees_bit_identical",
     "by_mask",
     "by_path",
     "by_predicate",

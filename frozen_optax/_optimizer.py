@@ -27,6 +27,18 @@ def _cut(resolution: Resolution, pieces: list[Any]) -> Any:
     return jax.tree.unflatten(resolution.holed, resolution.rest(pieces))
 
 
+def _each(function: Callable[..., Any], params: Any, *rest: Any) -> Any:
+    """`function` over a tree of parameters, or over both trees of `optax.lookahead`, whose gradients are of one."""
+    if isinstance(params, optax.LookaheadParams):
+        return optax.LookaheadParams(*map(function, params, *rest))
+    return function(params, *rest)
+
+
+def _one(params: Any) -> Any:
+    """The tree of parameters that gradients are of."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
 def _pieces(resolution: Resolution, tree: Any) -> list[Any] | None:
     """What stands in `tree` at each parameter's place, if the parameters' structure is a prefix of it."""
     if jax.tree_util.treedef_is_leaf(resolution.treedef):  # a prefix of everything says nothing
@@ -163,16 +175,18 @@ def with_frozen(
             _ = up_to(jax.tree.structure(fresh), state, "the optimizer state", "a fresh state for these parameters")
         return jax.tree.unflatten(structures[resolution.holed, stored], leaves)
 
+    def cut(resolution: Resolution, tree: Any) -> Any:
+        return _cut(resolution, resolution.up_to(tree, "the parameters"))
+
     def init_fn(params: Any) -> Any:
         if is_placeholder(params):
             return inner.init(params)
-        resolution = selector._resolve(params)
-        leaves = jax.tree.leaves(params)
-        _bits.refuse_inexact(resolution, leaves)
-        return store(resolution, inner.init(_cut(resolution, leaves)))
+        resolution = selector._resolve(_one(params))
+        _bits.refuse_inexact(resolution, jax.tree.leaves(_one(params)))
+        return store(resolution, inner.init(_each(lambda tree: cut(resolution, tree), params)))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        resolution = resolve_update(selector, updates, params)
+        resolution = resolve_update(selector, updates, _one(params))
         gradients = resolution.up_to(updates, "updates")
         for path, is_frozen, gradient in zip(resolution.paths, resolution.selected, gradients, strict=True):
             if not is_frozen and (gradient is None or is_hole(gradient)):
@@ -180,16 +194,21 @@ def with_frozen(
                     f"the trainable leaf {path!r} has no gradient, found {describe(gradient)}. Differentiate with "
                     "respect to it, or freeze it."
                 )
-        leaves = None if params is None else jax.tree.leaves(params)
-        trainable_params = None if leaves is None else _cut(resolution, leaves)
+        leaves = None if params is None else jax.tree.leaves(_one(params))
+        trainable_params = None if params is None else _each(lambda tree: cut(resolution, tree), params)
         trainable_updates = _cut(resolution, gradients)
-        inner_state = load(resolution, state, trainable_updates if params is None else trainable_params)
         new, inner_state = inner.update(
-            trainable_updates, inner_state, trainable_params, **_cut_extra_args(resolution, leaves, extra_args)
+            trainable_updates,
+            load(resolution, state, trainable_updates if params is None else trainable_params),
+            trainable_params,
+            **_cut_extra_args(resolution, leaves, extra_args),
         )
-        trained = iter(up_to(resolution.holed, new, "the optimizer's result", "its input"))
-        columns = zip(gradients if leaves is None else leaves, resolution.selected, strict=True)
-        new = [_bits.known_zero(leaf) if is_frozen else next(trained) for leaf, is_frozen in columns]
-        return resolution.unflatten(new), store(resolution, inner_state)
+
+        def whole(like: Any, trained: Any) -> Any:
+            trained = iter(up_to(resolution.holed, trained, "the optimizer's updates", "those it was given"))
+            rows = zip(resolution.selected, resolution.up_to(like, "the parameters"), strict=True)
+            return resolution.unflatten([_bits.known_zero(leaf) if frozen else next(trained) for frozen, leaf in rows])
+
+        return _each(whole, updates if params is None else params, new), store(resolution, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
