@@ -3,6 +3,7 @@
 from frozen_optax._assertions import assert_frozen, assert_trees_bit_identical
 from frozen_optax._optimizer import with_frozen
 from frozen_optax._partition import combine, partition
+from frozen_optax._report import summary
 from frozen_optax._restoring import restore
 from frozen_optax._selection import Selector, by_mask, by_path, by_predicate
 from frozen_optax._step import apply_updates
@@ -22,5 +23,6 @@ __all__ = [
     "freeze_by_path",
     "partition",
     "restore",
+    "summary",
     "with_frozen",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, describe, is_traced, keystr, up_to
+from frozen_optax._trees import PyTree, describe, is_traced, keystr, refuse_live, up_to
 
 _MAX_SHOWN = 10  # leaves described in one message
 
@@ -105,7 +105,7 @@ def assert_trees_bit_identical(*trees: PyTree) -> None:
     Raises:
       AssertionError: they differ; the message names the paths, for each the first differing index and both values with
         their bits.
-      ValueError: fewer than two trees are given, or an array was donated.
+      ValueError: fewer than two trees are given, an array was donated, or two trees hold the same `nnx.Variable`.
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp
@@ -119,9 +119,11 @@ def assert_trees_bit_identical(*trees: PyTree) -> None:
         raise ValueError(f"assert_trees_bit_identical compares two trees or more, found {len(trees)}.")
     flat, treedef = jax.tree_util.tree_flatten_with_path(trees[0])
     for tree in trees[1:]:
+        refuse_live(trees[0], tree)
         if jax.tree.structure(tree) != treedef:
             try:
                 up_to(treedef, tree, "a tree", "the first")
+                up_to(jax.tree.structure(tree), trees[0], "the first tree", "another")
             except ValueError as error:
                 raise AssertionError(str(error)) from None
             chex.assert_trees_all_equal_structs(trees[0], tree)
@@ -163,7 +165,8 @@ def assert_frozen(
     Raises:
       AssertionError: a frozen leaf differs in shape, dtype, weak type or bits (the message names the paths, for each
         the first differing index and both values with their bits), or nothing trainable moved.
-      ValueError: the trees differ in structure, an array was donated; selection errors as `freeze`.
+      ValueError: the trees differ in structure or hold the same `nnx.Variable`, or an array was donated; selection
+        errors as `freeze`.
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp
@@ -171,6 +174,7 @@ def assert_frozen(
       >>> fo.assert_frozen(before, before | {"head": jnp.zeros(2)}, "encoder")
     """
     resolution = frozen_selector(frozen, trainable)._resolve(before)
+    refuse_live(before, after)
     leaves = resolution.paths, jax.tree.leaves(before), resolution.up_to(after, "the tree after training")
 
     def columns(frozen: bool) -> list[list[Any]]:

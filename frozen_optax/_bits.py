@@ -31,8 +31,8 @@ def is_array(leaf: Any) -> bool:
 
 
 def has_additive_identity(dtype: Any) -> bool:
-    """Whether some number of this dtype adds nothing: not so for PRNG keys, `float0`, and e8m0, which has no zero."""
-    if dtype == jax.dtypes.float0 or dtype == "float8_e8m0fnu":
+    """Whether some number adds nothing: not to PRNG keys, `float0`, e8m0 (no zero), 6-bit floats (no addition)."""
+    if dtype == jax.dtypes.float0 or str(dtype).startswith(("float8_e8m0", "float6")):
         return False
     return dtype == np.bool_ or jnp.issubdtype(dtype, jnp.number)
 
@@ -74,7 +74,7 @@ def select_bits(condition: Any, left: Any, right: Any) -> Any:
             select_bits(condition, jnp.real(left), jnp.real(right)),
             select_bits(condition, jnp.imag(left), jnp.imag(right)),
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 8:  # no NaNs, so nothing to lose
         return jnp.where(condition, left, right)
     unsigned = _UNSIGNED[jnp.finfo(dtype).bits]
     left, right = (jax.lax.bitcast_convert_type(x, unsigned) for x in (left, right))

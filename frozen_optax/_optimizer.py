@@ -123,7 +123,8 @@ def with_frozen(
     - trained leaves take the trajectory that `optimizer` gives when it is handed them alone. Frozen gradients may be
       anything: NaN, `float0`, `None`, holes.
     - the state is the optimizer's own state over the trainable part, one hole (`optax.MaskedNode`) standing for a
-      wholly frozen subtree, so `optax.tree_utils.tree_get` and the like find in it what they always do.
+      wholly frozen subtree, so `optax.tree_utils.tree_get` and the like find in it what they always do. With everything
+      frozen there is nothing to run, and the state is an `optax.EmptyState`.
 
     It promises this as the outermost transform. A wrapper put around it sees the frozen leaves again; the README tells
     wrapper by wrapper what holds then.
@@ -175,6 +176,9 @@ def with_frozen(
             _ = up_to(jax.tree.structure(fresh), state, "the optimizer state", "a fresh state for these parameters")
         return jax.tree.unflatten(structures[resolution.holed, stored], leaves)
 
+    def is_all_frozen(resolution: Resolution) -> bool:  # nothing to run: not every optimizer takes an empty tree
+        return bool(resolution.selected) and all(resolution.selected)
+
     def cut(resolution: Resolution, tree: Any) -> Any:
         return _cut(resolution, resolution.up_to(tree, "the parameters"))
 
@@ -183,6 +187,8 @@ def with_frozen(
             return inner.init(params)
         resolution = selector._resolve(_one(params))
         _bits.refuse_inexact(resolution, jax.tree.leaves(_one(params)))
+        if is_all_frozen(resolution):
+            return optax.EmptyState()
         return store(resolution, inner.init(_each(lambda tree: cut(resolution, tree), params)))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -194,6 +200,9 @@ def with_frozen(
                     f"the trainable leaf {path!r} has no gradient, found {describe(gradient)}. Differentiate with "
                     "respect to it, or freeze it."
                 )
+        like = updates if params is None else params
+        if is_all_frozen(resolution):
+            return jax.tree.map(_bits.known_zero, like), state
         leaves = None if params is None else jax.tree.leaves(_one(params))
         trainable_params = None if params is None else _each(lambda tree: cut(resolution, tree), params)
         trainable_updates = _cut(resolution, gradients)
@@ -209,6 +218,6 @@ def with_frozen(
             rows = zip(resolution.selected, resolution.up_to(like, "the parameters"), strict=True)
             return resolution.unflatten([_bits.known_zero(leaf) if frozen else next(trained) for frozen, leaf in rows])
 
-        return _each(whole, updates if params is None else params, new), store(resolution, inner_state)
+        return _each(whole, like, new), store(resolution, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

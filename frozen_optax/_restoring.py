@@ -9,7 +9,7 @@ import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, describe, is_traced
+from frozen_optax._trees import PyTree, describe, is_traced, refuse_live
 
 
 def _sharding(leaf: Any) -> Any:
@@ -51,7 +51,7 @@ def restore(params: PyTree, reference: PyTree, frozen: Selection = None, *, trai
 
     Raises:
       ValueError: the trees differ in structure, or a frozen leaf in shape, dtype or sharding; the message names the
-        path. Selection errors as `freeze`.
+        path. Both hold the same `nnx.Variable`. Selection errors as `freeze`.
 
     Example:
       >>> import frozen_optax as fo
@@ -59,6 +59,7 @@ def restore(params: PyTree, reference: PyTree, frozen: Selection = None, *, trai
       {'encoder': 1.0, 'head': 2.5}
     """
     resolution = frozen_selector(frozen, trainable)._resolve(params)
+    refuse_live(reference, params)
     leaves = jax.tree.leaves(params)
     references = resolution.up_to(reference, "the reference")
     for path, is_frozen, leaf, kept in zip(resolution.paths, resolution.selected, leaves, references, strict=True):

@@ -41,7 +41,7 @@ _MAX_CACHED = 16  # structures a selector remembers: parameters, gradients with 
 _MAX_CANDIDATES = 5_000  # paths looked through for "did you mean"
 
 
-def _spec(leaf: Any) -> Any:
+def spec(leaf: Any) -> Any:
     """Shape and dtype of an array-like, whatever it is made of; any other leaf as it is."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -66,7 +66,7 @@ class _View:
         return cls(
             tree,
             tuple(path for path, _ in leaves),
-            tuple(_spec(leaf) for _, leaf in leaves),
+            tuple(spec(leaf) for _, leaf in leaves),
             tuple(path for path, node in flat if is_hole(node)),
         )
 
@@ -109,7 +109,7 @@ class Selector(abc.ABC):
     def _resolve(self, tree: PyTree) -> Resolution:
         """The selection for `tree`, from memory when a tree of the same structure was seen before."""
         leaves, treedef = jax.tree.flatten(tree)
-        key = (treedef, tuple(map(_spec, leaves)) if self._reads_leaves else None)
+        key = (treedef, tuple(map(spec, leaves)) if self._reads_leaves else None)
         try:
             if (known := self._cache.get(key)) is not None:
                 return known

@@ -38,8 +38,9 @@ def _set_to_additive_identity() -> optax.GradientTransformation:
     def identity(like: Any) -> Any:
         if not _bits.is_array(like) or not _bits.has_additive_identity(like.dtype):
             return _bits.known_zero(like)
-        zero: Any = optax.set_to_zero().update(like, optax.EmptyState())[0]
-        return jnp.negative(zero) if _bits.negative_zero(like.dtype) else zero
+        if not _bits.negative_zero(like.dtype):
+            return optax.set_to_zero().update(like, optax.EmptyState())[0]
+        return jnp.full_like(like, complex(-0.0, -0.0) if jnp.iscomplexobj(like) else -0.0)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree.map(identity, updates if params is None else params), state
@@ -79,8 +80,9 @@ def freeze(frozen: Selection = None, *, trainable: Selection = None) -> optax.Gr
     """A transform for `optax.chain` that makes the update of every frozen leaf nothing. It keeps no state.
 
     The update of a frozen leaf becomes the additive identity in the parameter's shape and dtype: -0.0 for floats and
-    in both parts of complex numbers, 0 for integers and for the fnuz floats, False for bools. PRNG keys and e8m0 have
-    none; they get a `float0` array, which `frozen_optax.apply_updates` understands and arithmetic refuses.
+    in both parts of complex numbers, 0 for integers and for the fnuz floats, False for bools. PRNG keys, e8m0
+    and the 6-bit floats have none; they get a `float0` array, which `frozen_optax.apply_updates` understands and
+    arithmetic refuses.
 
     What a place in a chain can promise:
 

@@ -30,10 +30,15 @@ def keystr(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _variable_type() -> Any:
+    """`nnx.Variable`, or no type at all: one cannot exist before its module is imported."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx.Variable if nnx else ()
+
+
 def flatten_with_holes(node: PyTree, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
     """Leaves and holes in order, each with its key path; the `value` key of an NNX Variable is no part of it."""
-    nnx = sys.modules.get("flax.nnx")  # a Variable cannot exist before its module is imported
-    variable = nnx.Variable if nnx else ()
+    variable = _variable_type()
     stop = lambda n: is_hole(n) or (isinstance(n, variable) and n is not node)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(node, is_leaf=stop)[0]:
         full = path + (keys[1:] if isinstance(node, variable) else keys)
@@ -41,6 +46,19 @@ def flatten_with_holes(node: PyTree, path: tuple[Any, ...] = ()) -> Iterator[tup
             yield from flatten_with_holes(leaf, full)
         else:
             yield full, leaf
+
+
+def refuse_live(before: PyTree, after: PyTree) -> None:
+    """Raise where two trees hold the very same NNX Variable: what changed the one has changed the other."""
+    is_variable = lambda node: isinstance(node, _variable_type())
+    leaves = lambda tree: jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    own = {id(node) for _, node in leaves(before) if is_variable(node)}
+    for path, node in leaves(after) if own else ():
+        if id(node) in own:
+            raise ValueError(
+                f"both trees hold the same nnx.Variable at {keystr(path)!r}, so they always agree: nnx.state(model) "
+                "makes no copy. Take one before the step and one after it: nnx.to_pure_dict(nnx.state(model))."
+            )
 
 
 def children(node: PyTree) -> tuple[list[tuple[str, Any]], Any]:

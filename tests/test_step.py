@@ -1,0 +1,159 @@
+"""`apply_updates` and `restore`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import frozen_optax as fo
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64", "int32", "int8"])
+def test_where_an_update_is_not_zero_it_is_applied_as_optax_does(dtype, wrap):
+    params = {"w": jnp.arange(-4, 4).astype(dtype)}
+    updates = {"w": jnp.array([0, 1, 2, 0, 1, 3, 2, 1]).astype(dtype)}
+    after = wrap(fo.apply_updates)(params, updates)
+    assert after["w"].dtype == params["w"].dtype
+    np.testing.assert_array_equal(after["w"], optax.apply_updates(params, updates)["w"])
+
+
+def test_an_update_of_a_wider_dtype_is_added_before_it_is_narrowed_as_optax_does():
+    params, updates = jnp.ones(3, jnp.bfloat16), jnp.full(3, 2.0**-7, jnp.float32)
+    after = fo.apply_updates(params, updates)
+    assert after.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(after, optax.apply_updates(params, updates))
+
+
+def test_integers_under_a_float_zero_keep_what_a_float_cannot_hold():
+    params = jnp.array([2**24 + 1, 5], jnp.int32)
+    after = fo.apply_updates(params, jnp.array([0.0, 1.0]))
+    assert after.tolist() == [2**24 + 1, 6]
+
+
+def test_nan_updates_are_applied():
+    assert np.isnan(fo.apply_updates(jnp.ones(2), jnp.array([jnp.nan, 0.0]))).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, optax.MaskedNode(), np.zeros((), jax.dtypes.float0), np.broadcast_to(np.float32(0), ())]
+)
+@pytest.mark.parametrize(
+    "leaf", [jnp.ones(()), jax.random.key(0), 3, "name", jnp.sin], ids=["array", "key", "int", "str", "function"]
+)
+def test_what_is_known_to_be_nothing_leaves_any_leaf_the_object_it_is(leaf, nothing):
+    assert fo.apply_updates({"a": leaf}, {"a": nothing})["a"] is leaf
+
+
+def test_no_operation_is_traced_for_an_update_that_is_known_to_be_zero():
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+    tx = fo.with_frozen(optax.sgd(0.1), "encoder")
+    jaxpr = jax.make_jaxpr(lambda params: fo.apply_updates(params, tx.update(params, tx.init(params), params)[0]))(
+        params
+    )
+    assert jaxpr.jaxpr.outvars[0] is jaxpr.jaxpr.invars[0]
+
+
+def test_none_parameters_stay_none():
+    assert fo.apply_updates({"a": None, "b": jnp.ones(1)}, {"a": None, "b": jnp.ones(1)})["a"] is None
+
+
+def test_a_hole_may_stand_for_a_whole_subtree():
+    params = {"encoder": {"a": jnp.ones(1), "b": [jnp.ones(1)]}, "head": jnp.ones(1)}
+    after = fo.apply_updates(params, {"encoder": optax.MaskedNode(), "head": jnp.ones(1)})
+    assert after["encoder"]["b"][0] is params["encoder"]["b"][0]
+    assert after["head"].tolist() == [2.0]
+
+
+def test_an_update_for_a_leaf_no_arithmetic_can_touch_is_an_error_that_names_the_path():
+    params = {"rng": {"key": jax.random.key(0)}}
+    with pytest.raises(TypeError, match="cannot update the parameter at 'rng/key'"):
+        fo.apply_updates(params, {"rng": {"key": jnp.ones(())}})
+
+
+def test_an_update_of_a_shape_that_would_change_the_parameters_is_an_error_that_names_the_path():
+    with pytest.raises(TypeError, match=r"cannot update the parameter at 'w': .*\(2, 3\).*\(3,\)"):
+        fo.apply_updates({"w": jnp.ones(3)}, {"w": jnp.ones((2, 3))})
+
+
+def test_updates_of_another_structure_are_an_error_that_names_the_path():
+    with pytest.raises(ValueError, match="updates and the parameters differ in structure at 'head'"):
+        fo.apply_updates({"head": {"w": jnp.ones(3)}}, {"head": {"v": jnp.ones(3)}})
+
+
+# --- restore
+
+
+def make_params():
+    return {"encoder": {"w": jnp.array([-0.0, 1.0])}, "head": jnp.ones(2)}
+
+
+def test_restore_puts_the_very_same_frozen_arrays_back_and_touches_nothing_else():
+    reference, params = make_params(), jax.tree.map(lambda leaf: leaf + 1.0, make_params())
+    after = fo.restore(params, reference, "encoder")
+    assert after["encoder"]["w"] is reference["encoder"]["w"]
+    assert after["head"] is params["head"]
+
+
+def test_the_reference_needs_the_frozen_leaves_alone():
+    _, reference = fo.partition(make_params(), "encoder", prune=True)
+    params = jax.tree.map(lambda leaf: leaf + 1.0, make_params())
+    fo.assert_frozen(make_params(), fo.restore(params, reference, "encoder"), "encoder")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (jnp.ones(3), r"at 'encoder/w': found a leaf float32\[3\], expected a leaf float32\[2\]"),
+        (jnp.ones(2, jnp.bfloat16), r"at 'encoder/w': found a leaf bfloat16\[2\], expected a leaf float32\[2\]"),
+        (optax.MaskedNode(), r"at 'encoder/w': found a hole"),
+        (None, r"at 'encoder/w': found None"),
+    ],
+)
+def test_a_reference_that_does_not_fit_is_an_error_that_names_the_path(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        fo.restore(make_params(), {"encoder": {"w": wrong}, "head": jnp.ones(2)}, "encoder")
+
+
+def test_a_reference_that_is_sharded_another_way_is_an_error_that_names_the_path():
+    mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+    put = lambda *spec: jax.device_put(
+        jnp.arange(8.0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    )
+    with pytest.raises(ValueError, match=r"at 'w': found it on .*expected"):
+        fo.restore({"w": put("x")}, {"w": put()}, "w")
+    assert fo.restore({"w": put("x")}, {"w": put("x")}, "w")
+
+
+def test_a_reference_of_another_structure_is_an_error_that_names_the_path():
+    with pytest.raises(ValueError, match="the reference and the parameters differ in structure at 'encoder'"):
+        fo.restore(make_params(), {"encoder": {"v": jnp.ones(2)}, "head": jnp.ones(2)}, "encoder")
+
+
+def test_under_jit_the_final_addition_for_a_restored_leaf_disappears_and_its_moments_stay():
+    params = {"encoder": jnp.ones((64, 64)), "head": jnp.ones((64, 64))}
+    optimizer = optax.adam(0.1)
+
+    def flops(step, state):
+        return jax.jit(step).lower(params, state).compile().cost_analysis()["flops"]
+
+    def plain(params, state):
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def restored(before, state):
+        after, state = plain(before, state)
+        return fo.restore(after, before, "encoder"), state
+
+    tx = fo.with_frozen(optimizer, "encoder")
+
+    def frozen(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    nothing_frozen, back, changed = flops(plain, state), flops(restored, state), flops(frozen, tx.init(params))
+    assert changed < 0.6 * nothing_frozen
+    assert changed < 0.8 * back
+    assert back < nothing_frozen

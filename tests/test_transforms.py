@@ -1,0 +1,119 @@
+"""`freeze`, `freeze_by_path`, `freeze_all`: chainable anywhere, stateless, and nothing but the additive identity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import frozen_optax as fo
+
+SCALARS = [value for value in vars(jnp).values() if isinstance(value, type(jnp.float32))]
+WIDE = {"bool", "complex64", "complex128", "float64", "int64", "uint64", "int1", "uint1"}
+DTYPES = sorted({np.dtype(scalar).name for scalar in SCALARS} - WIDE)
+
+
+def frozen_update(leaf, update=None, with_params=True):
+    tx = fo.freeze_all()
+    params = {"w": leaf}
+    updates = {"w": leaf if update is None else update}
+    return tx.update(updates, tx.init(params), params if with_params else None)[0]["w"]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "bool", "complex64"])
+def test_the_update_of_a_frozen_leaf_is_the_additive_identity_in_the_parameters_shape_and_dtype(dtype):
+    leaf = jnp.ones((2, 3), dtype)
+    update = frozen_update(leaf)
+    if dtype.startswith(("float8_e8m0", "float6")):
+        assert update.dtype == jax.dtypes.float0
+        return
+    assert update.shape == leaf.shape
+    assert update.dtype == leaf.dtype
+    host = np.asarray(update)
+    assert not host.astype(complex).any()
+    if dtype == "complex64":
+        assert np.signbit(host.real).all()
+        assert np.signbit(host.imag).all()
+    elif jnp.issubdtype(leaf.dtype, jnp.floating):
+        assert np.signbit(host.astype(np.float32)).all() == (not dtype.endswith("fnuz"))
+    if not dtype.endswith("fnuz"):  # adding it is no change, for zeros of both signs too
+        for value in (jnp.zeros((2, 3), dtype), leaf, frozen_update(leaf)):
+            same = np.asarray(value + update)
+            np.testing.assert_array_equal(same.view(np.uint8), np.asarray(value).view(np.uint8))
+
+
+@pytest.mark.parametrize("leaf", [jax.random.key(0), jax.random.split(jax.random.key(0), 3)], ids=["one", "three"])
+def test_a_prng_key_gets_a_marker_that_apply_updates_understands(leaf):
+    update = frozen_update(leaf)
+    assert update.dtype == jax.dtypes.float0
+    assert update.shape == leaf.shape
+    assert fo.apply_updates(leaf, update) is leaf
+
+
+@pytest.mark.parametrize(
+    "gradient", [np.zeros((2,), jax.dtypes.float0), None, optax.MaskedNode(), jnp.ones(2), jnp.full(2, jnp.nan)]
+)
+def test_whatever_the_gradient_is_the_update_has_the_parameters_dtype(gradient):
+    update = frozen_update(jnp.array([1, 2], jnp.int8), gradient)
+    assert update.dtype == jnp.int8
+    assert update.tolist() == [0, 0]
+
+
+def test_without_parameters_the_update_has_the_gradients_dtype():
+    assert frozen_update(jnp.ones(2, jnp.bfloat16), jnp.ones(2, jnp.float32), with_params=False).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_it_chains_at_any_position_and_has_no_state(place):
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+    links = [optax.scale(2.0), optax.scale(-0.5)]
+    links.insert({"first": 0, "middle": 1, "last": 2}[place], fo.freeze_by_path("encoder"))
+    tx = optax.chain(*links)
+    state = tx.init(params)
+    assert jax.tree.leaves(state) == []
+    updates, _ = jax.jit(tx.update)(params, state, params)
+    assert updates["head"].tolist() == [-1.0, -1.0]
+    fo.assert_frozen(params, fo.apply_updates(params, updates), "encoder")
+
+
+def test_what_follows_in_the_chain_can_undo_the_sign_of_zero_and_apply_updates_does_not_mind():
+    params = {"encoder": jnp.array([-0.0]), "head": jnp.ones(1)}
+    tx = optax.chain(fo.freeze_by_path("encoder"), optax.scale(-1.0))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not np.signbit(updates["encoder"]).any()
+    fo.assert_frozen(params, fo.apply_updates(params, updates), "encoder")
+    with pytest.raises(AssertionError, match=r"-0.0 \(0x80000000\) became 0.0 \(0x00000000\)"):
+        fo.assert_frozen(params, optax.apply_updates(params, updates), "encoder")
+
+
+def test_freezing_is_idempotent():
+    params = {"encoder": jnp.array([-0.0, 1.0]), "head": jnp.ones(1)}
+    tx = fo.freeze("encoder")
+    once, _ = tx.update(params, tx.init(params), params)
+    twice, _ = tx.update(once, tx.init(params), params)
+    fo.assert_trees_bit_identical(once, twice)
+
+
+def test_a_pattern_that_selects_nothing_is_an_error_at_init():
+    with pytest.raises(ValueError, match=r"by_path\('encodr'\) selects nothing"):
+        optax.chain(optax.sgd(0.1), fo.freeze_by_path("encoder", "encodr")).init({"encoder": jnp.ones(2)})
+
+
+def test_updates_of_another_structure_are_an_error_that_names_the_path():
+    params = {"encoder": {"kernel": jnp.ones(2)}, "head": jnp.ones(2)}
+    tx = fo.freeze_by_path("encoder")
+    with pytest.raises(ValueError, match=r"differ in structure at 'encoder'.*weight"):
+        tx.update({"encoder": {"weight": jnp.ones(2)}, "head": jnp.ones(2)}, tx.init(params), params)
+
+
+def test_sharded_parameters_get_sharded_updates():
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(jax.devices(), ("x",)), jax.sharding.PartitionSpec("x"))
+    update = frozen_update(jax.device_put(jnp.ones(16), sharding))
+    assert update.sharding.is_equivalent_to(sharding, 1)
+
+
+def test_tree_map_params_goes_through_it():
+    tx = optax.chain(optax.adam(0.1), fo.freeze_by_path("encoder"))
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+    mapped = optax.tree_map_params(tx, lambda leaf: "param", tx.init(params))
+    assert mapped[0][0].mu == {"encoder": "param", "head": "param"}

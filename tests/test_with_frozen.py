@@ -1,0 +1,341 @@
+"""`with_frozen`: its extra arguments, its errors, where it compiles, and what flows through it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import frozen_optax as fo
+
+
+def make_params():
+    return {
+        "encoder": {"kernel": jnp.array([-0.0, 1.5]), "steps": jnp.array(3)},
+        "head": {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array(0.5)},
+        "nothing": None,
+    }
+
+
+def step(tx, gradients, params, **extra_args):
+    updates, _ = tx.update(gradients, tx.init(params), params, **extra_args)
+    return fo.apply_updates(params, updates)
+
+
+def probe(record):
+    """An optimizer that writes down what it is given."""
+
+    def update(updates, state, params=None, **extra_args):
+        record.update(updates=updates, params=params, extra_args=extra_args)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+HOLES = {"encoder": {"kernel": optax.MaskedNode(), "steps": optax.MaskedNode()}}
+
+
+# --- what the optimizer sees
+
+
+def test_the_optimizer_sees_a_hole_for_each_frozen_leaf_and_none_of_its_gradients():
+    record = {}
+    tx = fo.with_frozen(probe(record), "encoder")
+    params = make_params()
+    step(tx, params, params)
+    assert record["updates"]["encoder"] == record["params"]["encoder"] == HOLES["encoder"]
+    assert record["params"]["nothing"] is None
+    assert record["params"]["head"]["kernel"] is params["head"]["kernel"]
+
+
+def test_trainable_says_the_same_as_frozen_the_other_way_round():
+    params = make_params()
+    one, other = (fo.with_frozen(optax.adam(0.1), **names) for names in ({"frozen": "encoder"}, {"trainable": "head"}))
+    assert jax.tree.structure(one.init(params)) == jax.tree.structure(other.init(params))
+    fo.assert_trees_bit_identical(step(one, params, params), step(other, params, params))
+
+
+def test_updates_of_frozen_leaves_are_zeros_that_take_no_memory_in_the_parameters_shape_and_dtype():
+    params = make_params() | {"big": jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.bfloat16)}
+    updates, _ = fo.with_frozen(probe({}), trainable="head").update(params, optax.EmptyState(), params)
+    assert updates["big"].shape == (1 << 20, 1 << 20)
+    assert updates["big"].dtype == jnp.bfloat16
+    assert np.signbit(updates["encoder"]["kernel"]).all()
+    assert updates["encoder"]["steps"] == 0
+    assert updates["encoder"]["steps"].dtype == jnp.int32
+
+
+def test_frozen_leaves_are_returned_as_the_very_same_objects_when_nothing_is_compiled():
+    params = make_params()
+    after = step(fo.with_frozen(optax.adamw(0.1), "encoder"), params, params)
+    assert after["encoder"]["kernel"] is params["encoder"]["kernel"]
+
+
+def test_gradients_may_have_one_hole_for_a_whole_frozen_subtree():
+    params = make_params()
+    tx = fo.with_frozen(optax.sgd(0.5), "encoder")
+    pruned, _ = fo.partition(params, "encoder", prune=True)
+    fo.assert_trees_bit_identical(step(tx, pruned, params), step(tx, params, params))
+
+
+def test_a_frozen_gradient_is_not_computed():
+    params = {"encoder": jnp.ones((8, 8)), "head": jnp.ones((8, 2))}
+    x = jnp.ones((4, 8))
+    loss = lambda params: jnp.sum((x @ params["encoder"] @ params["head"]) ** 2)
+
+    def flops(tx):
+        def train(params, state):
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return fo.apply_updates(params, updates), state
+
+        return jax.jit(train).lower(params, tx.init(params)).compile().cost_analysis()["flops"]
+
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+    assert flops(fo.with_frozen(clipped, "encoder")) < 0.8 * flops(optax.chain(clipped, fo.freeze_by_path("encoder")))
+
+
+# --- without parameters
+
+
+def test_an_optimizer_that_needs_no_parameters_runs_without_them():
+    params = make_params()
+    tx = fo.with_frozen(optax.sgd(0.5), "encoder")
+    updates, _ = tx.update(params, tx.init(params))
+    np.testing.assert_array_equal(updates["head"]["kernel"], -0.5 * params["head"]["kernel"])
+    assert np.signbit(updates["encoder"]["kernel"]).all()
+
+
+@pytest.mark.parametrize("frozen", [lambda path, leaf: leaf.ndim < 1, fo.by_mask(lambda p: jax.tree.map(jnp.ndim, p))])
+@pytest.mark.parametrize("make", [lambda frozen: fo.with_frozen(optax.sgd(0.5), frozen), fo.freeze])
+def test_without_parameters_a_predicate_is_an_error_that_asks_for_them(make, frozen):
+    with pytest.raises(ValueError, match=r"reads the parameters' shapes and dtypes.*Pass the parameters"):
+        make(frozen).update(make_params(), optax.EmptyState())
+
+
+# --- extra arguments
+
+
+def test_a_function_gets_the_whole_tree_and_its_gradients_are_cut_back():
+    record, params = {}, make_params()
+
+    def value_and_grad_fn(params, scale):
+        assert params["encoder"]["steps"].dtype == jnp.int32
+        assert params["nothing"] is None
+        return scale * params["head"]["bias"], (jax.tree.map(jnp.ones_like, params), {"loss": jnp.ones(())})
+
+    tx = fo.with_frozen(probe(record), "encoder")
+    tx.update(params, tx.init(params), params, value_and_grad_fn=value_and_grad_fn)
+    value, (gradients, aux) = record["extra_args"]["value_and_grad_fn"](record["params"], scale=2.0)
+    assert value == 1.0
+    assert gradients["encoder"] == HOLES["encoder"]
+    assert gradients["head"]["kernel"].tolist() == [1.0, 1.0]
+    assert aux == {"loss": 1.0}
+
+
+def test_a_function_that_returns_a_batch_of_gradients_has_them_cut_back():
+    record, params = {}, make_params()
+    tx = fo.with_frozen(probe(record), "encoder")
+    per_example = lambda params: jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), params)
+    tx.update(params, tx.init(params), params, grad_fn=per_example)
+    gradients = record["extra_args"]["grad_fn"](record["params"])
+    assert gradients["encoder"] == HOLES["encoder"]
+    assert gradients["head"]["kernel"].shape == (3, 2)
+
+
+def test_a_result_that_only_has_the_parameters_structure_by_chance_is_left_alone():
+    record = {}
+    params = (jnp.ones((2, 2)), jnp.ones(2))
+    tx = fo.with_frozen(probe(record), fo.by_path("0"))
+    tx.update(params, tx.init(params), params, loss_and_accuracy=lambda params: (jnp.ones(()), jnp.zeros(())))
+    loss, accuracy = record["extra_args"]["loss_and_accuracy"](record["params"])
+    assert (loss, accuracy) == (1.0, 0.0)
+
+
+def test_a_tree_in_the_parameters_structure_is_cut_and_arrays_are_passed_as_they_are():
+    record, params = {}, make_params()
+    tags = {"encoder": {"kernel": "a", "steps": ("b", "c")}, "head": {"kernel": "d", "bias": "e"}, "nothing": None}
+    tx = fo.with_frozen(probe(record), "encoder")
+    value = jnp.ones((2, 2))
+    tx.update(params, tx.init(params), params, grad=params, tags=tags, value=value, other={"x": value}, flag=True)
+    given = record["extra_args"]
+    assert given["grad"]["encoder"] == given["tags"]["encoder"] == HOLES["encoder"]
+    assert given["tags"]["head"] == {"kernel": "d", "bias": "e"}
+    assert given["value"] is value
+    assert given["other"]["x"] is value
+    assert given["flag"] is True
+
+
+def test_a_tree_that_was_cut_is_whole_again_when_the_optimizer_hands_it_to_the_users_function():
+    seen, params = {}, (jnp.ones(3), jnp.full(3, 2.0))
+    batch = (jnp.arange(3.0), jnp.arange(3.0) + 1)  # of the parameters' structure, by chance
+
+    def loss(params, batch):
+        seen["batch"] = batch
+        return jnp.sum(params[0] * params[1] * batch[0]) ** 2 + jnp.sum((params[1] - batch[1]) ** 2)
+
+    tx = fo.with_frozen(optax.lbfgs(), fo.by_path("0"))
+    value, gradients = jax.value_and_grad(loss)(params, batch)
+    after = step(tx, gradients, params, value=value, grad=gradients, value_fn=loss, batch=batch)
+    fo.assert_trees_bit_identical(seen["batch"], batch)
+    assert loss(after, batch) < value
+
+
+def test_a_function_keeps_its_signature_which_optimizers_read():
+    params = make_params()
+
+    def loss(params, x):
+        return jnp.sum((params["head"]["kernel"] * x) ** 2)
+
+    tx = fo.with_frozen(optax.lbfgs(), "encoder")
+    value, gradients = jax.value_and_grad(loss, allow_int=True)(params, 2.0)
+    after = step(tx, gradients, params, value=value, grad=gradients, value_fn=loss, x=2.0)
+    assert loss(after, 2.0) < value
+
+
+def test_a_function_of_the_whole_tree_needs_the_parameters():
+    record, params = {}, make_params()
+    tx = fo.with_frozen(probe(record), "encoder")
+    tx.update(params, tx.init(params), grad_fn=lambda params: params)
+    trainable, _ = fo.partition(params, "encoder")
+    with pytest.raises(ValueError, match=r"takes the whole tree and the frozen values are not known\. Pass the param"):
+        record["extra_args"]["grad_fn"](trainable)
+
+
+# --- errors
+
+
+def test_a_pattern_that_selects_nothing_is_an_error_at_init_that_names_it_and_what_is_near():
+    with pytest.raises(ValueError, match=r"by_path\('encodr'\) selects nothing: .* none of the 4 leaves.*'encoder'"):
+        fo.with_frozen(optax.sgd(0.1), "encodr").init(make_params())
+
+
+def test_a_mask_of_another_structure_is_an_error_that_names_the_path():
+    with pytest.raises(ValueError, match=r"differ in structure at 'encoder'.*kernel, steps"):
+        fo.with_frozen(optax.sgd(0.1), {"encoder": {"weight": True}, "head": False, "nothing": None}).init(
+            make_params()
+        )
+
+
+@pytest.mark.parametrize("names", [{}, {"frozen": "encoder", "trainable": "head"}], ids=["neither", "both"])
+def test_exactly_one_of_frozen_and_trainable_is_given(names):
+    with pytest.raises(TypeError, match="exactly one of the two"):
+        fo.with_frozen(optax.sgd(0.1), **names)
+
+
+@pytest.mark.parametrize("wrong", [3, 2.5, object()], ids=["int", "float", "object"])
+def test_a_selector_of_a_wrong_type_is_an_error_that_says_what_is_expected(wrong):
+    with pytest.raises(TypeError, match="expected a Selector, a glob, a compiled regex"):
+        fo.with_frozen(optax.sgd(0.1), wrong)
+
+
+def test_a_tree_that_changed_between_init_and_update_is_an_error_that_names_the_path():
+    params = make_params()
+    tx = fo.with_frozen(optax.adam(0.1), "encoder")
+    state = tx.init(params)
+    grown = params | {"head": params["head"] | {"scale": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"updates and the parameters differ in structure at 'head'"):
+        tx.update(params, state, grown)
+    with pytest.raises(ValueError, match=r"the optimizer state and .* differ in structure at '0/mu/head'"):
+        tx.update(grown, state, grown)
+
+
+def test_a_state_of_another_choice_of_leaves_is_an_error_that_names_the_path():
+    params = make_params()
+    state = fo.with_frozen(
+        optax.adam(0.1),
+        "head/bias",
+    ).init({"head": params["head"]})
+    with pytest.raises(ValueError, match=r"the optimizer state and .* differ in structure at '0/mu/head"):
+        fo.with_frozen(optax.adam(0.1), "head/kernel").update({"head": params["head"]}, state, {"head": params["head"]})
+
+
+@pytest.mark.parametrize("missing", [None, optax.MaskedNode()], ids=["None", "hole"])
+def test_a_trainable_leaf_without_a_gradient_is_an_error_that_names_it(missing):
+    params = make_params()
+    gradients = params | {"head": {"kernel": missing, "bias": jnp.ones(())}}
+    with pytest.raises(ValueError, match=r"the trainable leaf 'head/kernel' has no gradient"):
+        step(fo.with_frozen(optax.sgd(0.1), "encoder"), gradients, params)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [
+        (1.5, "the Python float 1.5"),
+        (3, "the Python int 3"),
+        (True, "the Python bool True"),
+        (np.ones(2), "a float64 array on the host"),
+        (np.int64(3), "a int64 array on the host"),
+    ],
+    ids=str,
+)
+def test_a_frozen_leaf_that_no_compiled_function_keeps_is_refused_by_path(leaf, found):
+    params = {"encoder": {"scale": leaf}, "head": jnp.ones(2)}
+    with pytest.raises(TypeError, match=rf"the frozen leaf 'encoder/scale' is {found}"):
+        fo.with_frozen(optax.sgd(0.1), "encoder").init(params)
+    fo.with_frozen(optax.sgd(0.1), "head").init(params)  # what is trained is the optimizer's business
+
+
+def test_an_optimizer_that_returns_another_structure_is_an_error():
+    broken = optax.stateless(lambda updates, params: jax.tree.leaves(updates))
+    with pytest.raises(ValueError, match="the optimizer's updates and those it was given differ in structure"):
+        step(fo.with_frozen(broken, "encoder"), make_params(), make_params())
+
+
+# --- where it compiles
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+    "tx", [fo.with_frozen(optax.adamw(0.1), "encoder"), optax.chain(optax.adamw(0.1), fo.freeze("encoder/kernel"))]
+)
+def test_a_step_lowers_for_every_platform(platform, tx):
+    params = make_params()
+    params["encoder"] = {"kernel": jnp.ones(2), "half": jnp.ones(2, jnp.bfloat16)}
+    tx = fo.with_frozen(tx, "encoder/half")
+
+    def train(params, state):
+        updates, state = tx.update(params, state, params)
+        return fo.apply_updates(params, updates), state
+
+    lowered = jax.jit(train).trace(params, tx.init(params)).lower(lowering_platforms=(platform,))
+    assert "func" in lowered.as_text()
+
+
+def test_sharded_frozen_leaves_keep_their_sharding_and_need_no_communication():
+    devices = jax.devices()
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = {"encoder": jax.device_put(jnp.arange(64.0), sharding), "head": jax.device_put(jnp.arange(64.0), sharding)}
+    tx = fo.with_frozen(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)), "encoder")
+
+    @jax.jit
+    def train(params, state):
+        updates, state = tx.update(params, state, params)
+        return fo.apply_updates(params, updates), state
+
+    after, _ = train(params, tx.init(params))
+    fo.assert_frozen(params, after, "encoder")
+    assert after["encoder"].sharding.is_equivalent_to(sharding, 1)
+
+
+def test_init_and_update_work_on_shapes_alone():
+    params = jax.eval_shape(make_params)
+    tx = fo.with_frozen(optax.adam(0.1), "encoder")
+    state = jax.eval_shape(tx.init, params)
+    updates, _ = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_the_selection_is_made_once_for_a_structure():
+    calls = []
+
+    def predicate(path, leaf):
+        calls.append(path)
+        return path.startswith("encoder")
+
+    params = make_params()
+    tx = fo.with_frozen(optax.sgd(0.1), predicate)
+    state = tx.init(params)
+    for _ in range(3):
+        jax.make_jaxpr(lambda params: tx.update(params, state, params)[0])(params)
+    assert len(calls) == 4
