@@ -13,7 +13,7 @@ import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, describe, is_traced, keystr, refuse_live, up_to
+from frozen_optax._trees import PyTree, describe, is_traced, keystr, refuse_live, require_same_structure
 
 _MAX_SHOWN = 10  # leaves described in one message
 
@@ -117,16 +117,17 @@ def assert_trees_bit_identical(*trees: PyTree) -> None:
     """
     if len(trees) < 2:
         raise ValueError(f"assert_trees_bit_identical compares two trees or more, found {len(trees)}.")
-    flat, treedef = jax.tree_util.tree_flatten_with_path(trees[0])
+    flat = jax.tree_util.tree_leaves_with_path(trees[0])
     for tree in trees[1:]:
         refuse_live(trees[0], tree)
-        if jax.tree.structure(tree) != treedef:
-            try:
-                up_to(treedef, tree, "a tree", "the first")
-                up_to(jax.tree.structure(tree), trees[0], "the first tree", "another")
-            except ValueError as error:
-                raise AssertionError(str(error)) from None
+        try:
             chex.assert_trees_all_equal_structs(trees[0], tree)
+        except AssertionError:
+            try:
+                require_same_structure(tree, trees[0], "a tree", "the first")
+            except ValueError as error:  # the same, with the path
+                raise AssertionError(str(error)) from None
+            raise
         after = jax.tree.leaves(tree)
         _assert_bits(
             [keystr(path) for path, _ in flat], [leaf for _, leaf in flat], after, "leaves differ in their bits"

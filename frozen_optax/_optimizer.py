@@ -19,7 +19,7 @@ import optax
 from frozen_optax import _bits
 from frozen_optax._selection import Selection, frozen_selector
 from frozen_optax._transforms import is_placeholder, resolve_update
-from frozen_optax._trees import Resolution, describe, is_hole, up_to
+from frozen_optax._trees import Resolution, describe, is_hole, require_same_structure, up_to
 
 
 def _cut(resolution: Resolution, pieces: list[Any]) -> Any:
@@ -173,7 +173,7 @@ def with_frozen(
         leaves, stored = jax.tree.flatten(state)
         if (resolution.holed, stored) not in structures:  # made elsewhere: read from a checkpoint, say
             fresh = store(resolution, jax.eval_shape(inner.init, trainable_part))
-            _ = up_to(jax.tree.structure(fresh), state, "the optimizer state", "a fresh state for these parameters")
+            require_same_structure(state, fresh, "the optimizer state", "a fresh state for these parameters")
         return jax.tree.unflatten(structures[resolution.holed, stored], leaves)
 
     def is_all_frozen(resolution: Resolution) -> bool:  # nothing to run: not every optimizer takes an empty tree

@@ -115,6 +115,15 @@ def up_to(treedef: Any, tree: PyTree, name: str, other: str = "the parameters") 
             ) from None
 
 
+def require_same_structure(tree: PyTree, reference: PyTree, name: str, other: str) -> None:
+    """Raise, with the path, where a tree has another structure than a reference."""
+    treedef, expected = jax.tree.structure(tree), jax.tree.structure(reference)
+    if treedef != expected:
+        up_to(expected, tree, name, other)  # either may go deeper than the other
+        up_to(treedef, reference, other, name)
+        raise ValueError(f"{name} and {other} differ in structure: found {treedef}, expected {expected}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Resolution:
     """A selector's answer for one tree structure: `selected[i]` belongs to the leaf at `paths[i]`.
