@@ -8,12 +8,20 @@ import re
 
 
 def _segment_regex(segment: str, glob: str) -> str:
-    """One segment of a glob as a regex that stays within a segment of the path."""
+    """One segment of a glob as a regex that stays within a segment of the path.
+
+    What stands before a later `*` is matched as early as it can be and never again (an atomic group): many stars cost
+    no more than one.
+    """
     out, i = [], 0
+    last = -1  # where the last star is in `out`
     while i < len(segment):
         char = segment[i]
         i += 1
         if char == "*":
+            if last >= 0:
+                out[last:] = ["(?>[^/]*?" + "".join(out[last + 1 :]) + ")"]
+            last = len(out)
             out.append("[^/]*")
         elif char == "?":
             out.append("[^/]")
@@ -24,7 +32,7 @@ def _segment_regex(segment: str, glob: str) -> str:
             end = segment.find("]", start + 1)  # a `]` that comes first is one of the class
             if end < 0:
                 raise ValueError(f"glob {glob!r}: the class opened by '[' is not closed. To match '[' write '[[]'.")
-            body = re.sub(r"([\\\[\]^&~|])", r"\\\1", segment[start:end])
+            body = re.sub(r"([^-\w\s]|(?<=.-)-)", r"\\\1", segment[start:end])
             out.append(f"(?!/)[{'^' if start > i else ''}{body}]")  # a range may span '/', which no segment holds
             i = end + 1
     return "".join(out)
@@ -41,17 +49,17 @@ class Glob:
         """The segments as regexes, `**` standing for itself."""
         glob = self.glob
         clean = re.sub("/+", "/", glob).strip("/")
+        stars = "/".join(s if s == "**" else re.sub(r"\*+", "*", s) for s in clean.split("/"))
         if not clean:
             raise ValueError(f"glob {glob!r} is empty. For every leaf write '**'.")
         if clean != glob:
-            raise ValueError(f"glob {glob!r} has an empty segment: a path has none. Write {clean!r}.")
+            raise ValueError(f"glob {glob!r} has an empty segment: a path has none. Write {stars!r}.")
         segments: list[str] = []
         for segment in glob.split("/"):
             if segment != "**":
                 if "**" in segment:
-                    hint = glob.replace(segment, re.sub(r"\*+", "*", segment))
                     raise ValueError(
-                        f"glob {glob!r}: '**' stands for whole segments only. Write {hint!r} to match within a "
+                        f"glob {glob!r}: '**' stands for whole segments only. Write {stars!r} to match within a "
                         "segment, 'a/**/b' to match at any depth."
                     )
                 segments.append(_segment_regex(segment, glob))
@@ -67,9 +75,18 @@ class Glob:
             return re.compile(".*", re.DOTALL)
         if segments[-1] == "**":  # `a/**` is `a`: naming a module names all below it
             segments = segments[:-1]
-        parts = ["(?:[^/]*/)*" if segment == "**" else segment + "/" for segment in segments]
+        runs = [""]  # what stands between two `**`
+        for segment in segments:
+            if segment == "**":
+                runs.append("")
+            else:
+                runs[-1] += segment + "/"
+        # Each run is matched as early as it can be and never again (an atomic group): many `**` cost as much as one.
+        first, *middle = runs[:-1] or [""]
+        regex = first + "".join(f"(?>(?:[^/]*/)*?{run})" for run in middle)
+        regex += ("(?:[^/]*/)*?" if len(runs) > 1 else "") + runs[-1]
         try:
-            return re.compile("".join(parts)[:-1] + "(?:/.*)?", re.DOTALL)
+            return re.compile(regex[:-1] + "(?:/.*)?", re.DOTALL)
         except re.error as error:
             raise ValueError(f"glob {self.glob!r} has a character class that cannot be read: {error}.") from error
 

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, children, describe, is_hole
+from frozen_optax._trees import PyTree, children, describe, is_hole, join
 
 
 def partition(
@@ -65,9 +65,7 @@ def _join(parts: Sequence[PyTree], path: str) -> PyTree:
             "Each leaf belongs to one part and is a hole (optax.MaskedNode) in the others."
         )
     columns = zip(keyed, *([child for _, child in flat] for flat, _ in below), strict=True)
-    return jax.tree.unflatten(
-        treedef, [_join([child, *others], f"{path}/{key}" if path else key) for (key, child), *others in columns]
-    )
+    return jax.tree.unflatten(treedef, [_join([child, *others], join(path, key)) for (key, child), *others in columns])
 
 
 def combine(*parts: PyTree) -> PyTree:

@@ -22,8 +22,8 @@ import optax
 from frozen_optax import _bits
 from frozen_optax._optimizer import with_frozen
 from frozen_optax._partition import combine, partition
-from frozen_optax._selection import Selection, Selector, by_mask, frozen_selector, spec
-from frozen_optax._trees import PyTree, flatten_with_holes, is_hole, keystr
+from frozen_optax._selection import Selection, Selector, by_mask, frozen_selector
+from frozen_optax._trees import PyTree, flatten_with_holes, is_hole, keystr, spec
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

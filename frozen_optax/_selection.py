@@ -13,6 +13,7 @@ import abc
 import dataclasses
 import difflib
 import functools
+import glob
 import inspect
 import re
 from collections.abc import Callable
@@ -26,12 +27,14 @@ from frozen_optax._trees import (
     Mismatch,
     PyTree,
     Resolution,
+    View,
     align,
     describe,
     flatten_with_holes,
     is_hole,
     is_traced,
     keystr,
+    spec,
 )
 
 # A Selector, a glob, a regex, a list or tuple of these, a predicate, a bool or a (prefix) pytree of bools.
@@ -39,36 +42,6 @@ Selection: TypeAlias = Any
 
 _MAX_CACHED = 16  # structures a selector remembers: parameters, gradients with holes, a few models
 _MAX_CANDIDATES = 5_000  # paths looked through for "did you mean"
-
-
-def spec(leaf: Any) -> Any:
-    """Shape and dtype of an array-like, whatever it is made of; any other leaf as it is."""
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    if isinstance(leaf, (bool, int, float, complex)):
-        return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
-    return leaf
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """A tree as selectors see it: its paths, its leaves' shapes and dtypes, and where its holes are."""
-
-    tree: PyTree
-    paths: tuple[str, ...]
-    specs: tuple[Any, ...]
-    holes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, tree: PyTree) -> _View:
-        flat = [(keystr(path), node) for path, node in flatten_with_holes(tree)]
-        leaves = [(path, node) for path, node in flat if not is_hole(node)]
-        return cls(
-            tree,
-            tuple(path for path, _ in leaves),
-            tuple(spec(leaf) for _, leaf in leaves),
-            tuple(path for path, node in flat if is_hole(node)),
-        )
 
 
 class Selector(abc.ABC):
@@ -91,13 +64,17 @@ class Selector(abc.ABC):
     """
 
     @abc.abstractmethod
-    def _select(self, view: _View) -> np.ndarray:
+    def _select(self, view: View) -> np.ndarray:
         """A bool for each leaf."""
 
     @property
     def _reads_leaves(self) -> bool:
         """Whether the answer depends on more than the tree's structure."""
         return False
+
+    def _reading(self, leaf: Any) -> Any:
+        """What of a leaf the answer depends on."""
+        return None
 
     @functools.cached_property
     def _cache(self) -> dict[Any, Resolution]:
@@ -109,14 +86,14 @@ class Selector(abc.ABC):
     def _resolve(self, tree: PyTree) -> Resolution:
         """The selection for `tree`, from memory when a tree of the same structure was seen before."""
         leaves, treedef = jax.tree.flatten(tree)
-        key = (treedef, tuple(map(spec, leaves)) if self._reads_leaves else None)
+        key = (treedef, tuple(map(self._reading, leaves)) if self._reads_leaves else None)
         try:
             if (known := self._cache.get(key)) is not None:
                 return known
             hashable = True
         except (TypeError, ValueError):  # static fields that cannot be hashed or compared: nothing is remembered
             hashable = False
-        view = _View.of(tree)
+        view = View.of(tree)
         resolution = Resolution(treedef, view.paths, tuple(self._select(view).tolist()))
         if hashable:
             if len(self._cache) >= _MAX_CACHED:
@@ -127,7 +104,8 @@ class Selector(abc.ABC):
     def mask(self, tree: PyTree) -> PyTree:
         """Bools in exactly the structure of `tree`, True where selected; `None` and holes stay what they are.
 
-        The bound method serves as it is wherever a mask function is taken: `optax.masked(tx, selector.mask)`.
+        The bound method serves as it is wherever a mask function is taken: `optax.masked(tx, selector.mask)`. Optax
+        calls it on gradients, too: where dtypes matter to a predicate, hand over `selector.mask(params)`.
 
         Args:
           tree: a pytree of arrays, tracers or `jax.ShapeDtypeStruct`.
@@ -168,23 +146,38 @@ class Selector(abc.ABC):
     def __invert__(self) -> Selector:
         return _Not(self)
 
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"{self!r} is neither true nor false. Selectors combine with |, & and ~, not with or, and, not."
+        )
 
-def _nearest(pattern: str, view: _View) -> str:
+
+def _nearest(pattern: str, view: View) -> str:
     """Paths of leaves and modules that look like `pattern`, as the end of an error message."""
+    split = [path.split("/") for path in view.paths]
     known: dict[str, None] = {}
-    for path in view.paths:
-        keys = path.split("/")
-        known.update(dict.fromkeys("/".join(keys[:i]) for i in range(1, len(keys) + 1)))
+    for depth in range(1, max(map(len, split), default=0) + 1):  # what stands near the top comes first
+        known.update(dict.fromkeys("/".join(keys[:depth]) for keys in split if len(keys) >= depth))
         if len(known) > _MAX_CANDIDATES:
             break
     below = [path for path in known if path.endswith("/" + pattern)]
     close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or list(view.paths[:3])
     hints = []
+    if pattern in known and glob.escape(pattern) != pattern:
+        hints.append(f"To match the characters '*', '?' and '[' of a path write {glob.escape(pattern)!r}.")
     if below:
         hints.append(f"A glob begins at the top: {pattern!r} stands at {below[0]!r}, write {'**/' + pattern!r}.")
     if close:
         hints.append("The nearest paths are " + ", ".join(map(repr, close)) + ".")
     return " ".join(hints)
+
+
+def _repr(pattern: str | re.Pattern[str]) -> str:
+    """As `repr`, which cuts a regex off after 200 characters."""
+    if isinstance(pattern, str):
+        return repr(pattern)
+    flags = repr(re.compile("", pattern.flags)).removeprefix("re.compile(''").removesuffix(")")
+    return f"re.compile({pattern.pattern!r}{flags})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -195,7 +188,7 @@ class _Path(Selector):
     def _matchers(self) -> list[Glob | re.Pattern[str]]:
         return [Glob(pattern) if isinstance(pattern, str) else pattern for pattern in self.patterns]
 
-    def _select(self, view: _View) -> np.ndarray:
+    def _select(self, view: View) -> np.ndarray:
         selected = np.zeros(len(view.paths), bool)
         for matcher in self._matchers:
             regex = matcher.regex if isinstance(matcher, Glob) else matcher
@@ -203,21 +196,20 @@ class _Path(Selector):
             if not matches.any() and not self._may_be_empty(matcher, view):
                 pattern = matcher.glob if isinstance(matcher, Glob) else matcher
                 count = len(view.paths)
-                raise ValueError(
-                    f"by_path({pattern!r}) selects nothing: it matches none of the {count} leaves. "
-                    + _nearest(pattern if isinstance(pattern, str) else pattern.pattern, view)
-                )
+                nearest = _nearest(pattern if isinstance(pattern, str) else pattern.pattern, view)
+                message = f"by_path({_repr(pattern)}) selects nothing: it matches none of the {count} leaves."
+                raise ValueError(f"{message} {nearest}".rstrip())
             selected |= matches
         return selected
 
     @staticmethod
-    def _may_be_empty(matcher: Glob | re.Pattern[str], view: _View) -> bool:
+    def _may_be_empty(matcher: Glob | re.Pattern[str], view: View) -> bool:
         if isinstance(matcher, re.Pattern):  # no telling what a regex could match below a hole
             return bool(view.holes)
         return matcher.regex.fullmatch("") is not None or any(map(matcher.may_match_below, view.holes))
 
     def __repr__(self) -> str:
-        return f"by_path({', '.join(map(repr, self.patterns))})"
+        return f"by_path({', '.join(map(_repr, self.patterns))})"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -226,10 +218,13 @@ class _Predicate(Selector):
 
     _reads_leaves = True  # pyright: ignore
 
-    def _select(self, view: _View) -> np.ndarray:
+    def _reading(self, leaf: Any) -> Any:
+        return spec(leaf)
+
+    def _select(self, view: View) -> np.ndarray:
         selected = []
-        for path, spec in zip(view.paths, view.specs, strict=True):
-            answer = self.predicate(path, spec)
+        for path, leaf in zip(view.paths, view.specs, strict=True):
+            answer = self.predicate(path, leaf)
             if not isinstance(answer, (bool, np.bool_)):
                 raise TypeError(f"{self!r} returned {answer!r} at {path!r}, expected a bool.")
             selected.append(bool(answer))
@@ -255,10 +250,14 @@ class _Mask(Selector):
     def _reads_leaves(self) -> bool:
         return _is_function(self.mask_or_fn)
 
-    def _select(self, view: _View) -> np.ndarray:
+    def _reading(self, leaf: Any) -> Any:
+        kind = jax.Array if isinstance(leaf, jax.Array) else type(leaf)  # a function may ask what a leaf is made of
+        return (kind, spec(leaf)) if self._reads_leaves else None
+
+    def _select(self, view: View) -> np.ndarray:
         mask = self.mask_or_fn(view.tree) if _is_function(self.mask_or_fn) else self.mask_or_fn
-        for path, leaf in jax.tree_util.tree_flatten_with_path(mask)[0]:
-            if _as_bool(leaf) is None:
+        for path, leaf in flatten_with_holes(mask):
+            if not is_hole(leaf) and _as_bool(leaf) is None:
                 raise TypeError(
                     f"a mask holds True and False, found {describe(leaf)} ({leaf!r}) at {keystr(path) or 'the root'!r}."
                     " Patterns and predicates go in a list of their own; a mask cannot depend on traced values."
@@ -289,9 +288,12 @@ class _Combined(Selector):
     def _reads_leaves(self) -> bool:
         return any(part._reads_leaves for part in self.parts)
 
+    def _reading(self, leaf: Any) -> Any:
+        return tuple(part._reading(leaf) for part in self.parts)
+
 
 class _Any(_Combined):
-    def _select(self, view: _View) -> np.ndarray:
+    def _select(self, view: View) -> np.ndarray:
         return np.any([part._select(view) for part in self.parts], axis=0)
 
     def __repr__(self) -> str:
@@ -299,7 +301,7 @@ class _Any(_Combined):
 
 
 class _All(_Combined):
-    def _select(self, view: _View) -> np.ndarray:
+    def _select(self, view: View) -> np.ndarray:
         return np.all([part._select(view) for part in self.parts], axis=0)
 
     def __repr__(self) -> str:
@@ -314,8 +316,17 @@ class _Not(Selector):
     def _reads_leaves(self) -> bool:
         return self.part._reads_leaves
 
-    def _select(self, view: _View) -> np.ndarray:
+    def _reading(self, leaf: Any) -> Any:
+        return self.part._reading(leaf)
+
+    def _select(self, view: View) -> np.ndarray:
         return ~self.part._select(view)
+
+    def _resolve(self, tree: PyTree) -> Resolution:
+        return self.part._resolve(tree).complement  # remembered there: `trainable=` makes a new negation at each use
+
+    def __invert__(self) -> Selector:
+        return self.part
 
     def __repr__(self) -> str:
         return f"~{_operand(self.part)}"

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.core
+import numpy as np
 import optax
 
 PyTree: TypeAlias = Any
@@ -48,6 +49,36 @@ def flatten_with_holes(node: PyTree, path: tuple[Any, ...] = ()) -> Iterator[tup
             yield full, leaf
 
 
+def spec(leaf: Any) -> Any:
+    """Shape and dtype of an array-like, whatever it is made of; any other leaf as it is."""
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type):  # np.float32 has both
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    if isinstance(leaf, (bool, int, float, complex)):
+        return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
+    return leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A tree as selectors see it: its paths, its leaves' shapes and dtypes, and where its holes are."""
+
+    tree: PyTree
+    paths: tuple[str, ...]
+    specs: tuple[Any, ...]
+    holes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tree: PyTree) -> View:
+        flat = [(keystr(path), node) for path, node in flatten_with_holes(tree)]
+        leaves = [(path, node) for path, node in flat if not is_hole(node)]
+        return cls(
+            tree,
+            tuple(path for path, _ in leaves),
+            tuple(spec(leaf) for _, leaf in leaves),
+            tuple(path for path, node in flat if is_hole(node)),
+        )
+
+
 def refuse_live(before: PyTree, after: PyTree) -> None:
     """Raise where two trees hold the very same NNX Variable: what changed the one has changed the other."""
     is_variable = lambda node: isinstance(node, _variable_type())
@@ -61,10 +92,16 @@ def refuse_live(before: PyTree, after: PyTree) -> None:
             )
 
 
+def join(path: str, key: str) -> str:
+    """The path of a child; the `value` key of an NNX Variable, which `children` leaves empty, is no part of it."""
+    return f"{path}/{key}" if path and key else path or key
+
+
 def children(node: PyTree) -> tuple[list[tuple[str, Any]], Any]:
     """The children of a node with their keys, one level down, and the node's own structure."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
-    return [(keystr(path), child) for path, child in flat], treedef
+    hidden = 1 if isinstance(node, _variable_type()) else 0
+    return [(keystr(path[hidden:]), child) for path, child in flat], treedef
 
 
 def describe(node: Any) -> str:
@@ -97,7 +134,7 @@ def align(prefix: PyTree, tree: PyTree, path: str = "") -> Iterator[Any]:
         raise Mismatch(path or "the root", describe(prefix), describe(tree))
     else:
         for (key, left), (_, right) in zip(expected, found, strict=True):
-            yield from align(left, right, f"{path}/{key}" if path else key)
+            yield from align(left, right, join(path, key))
 
 
 def up_to(treedef: Any, tree: PyTree, name: str, other: str = "the parameters") -> list[Any]:
@@ -136,6 +173,11 @@ class Resolution:
     treedef: Any
     paths: tuple[str, ...]
     selected: tuple[bool, ...]
+
+    @functools.cached_property
+    def complement(self) -> Resolution:
+        """The answer of the negated selector."""
+        return Resolution(self.treedef, self.paths, tuple(not chosen for chosen in self.selected))
 
     def unflatten(self, leaves: Any) -> PyTree:
         """A tree of the resolved structure."""
@@ -186,4 +228,6 @@ class Resolution:
     @functools.cached_property
     def pruned(self) -> Any:
         """The structure of what is not selected, one hole for each wholly selected subtree."""
-        return self.prune(self.holed)
+        whole = lambda node: all(inside := jax.tree.leaves(node)) and bool(inside)  # by place: a hole of the tree stays
+        chosen = self.unflatten(self.selected)
+        return jax.tree.structure(jax.tree.map(lambda n: optax.MaskedNode() if whole(n) else n, chosen, is_leaf=whole))
