@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -13,28 +13,33 @@ import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, describe, is_traced, keystr, refuse_live, require_same_structure
+from frozen_optax._trees import (
+    PyTree,
+    describe,
+    is_traced,
+    paths_of,
+    refuse_live,
+    require_alive,
+    require_same_structure,
+)
 
 _MAX_SHOWN = 10  # leaves described in one message
 
 
 def _kind(leaf: Any) -> str:
-    """All of a leaf but its values: what it is, its shape, dtype and weak type."""
+    """All of a leaf but its values: what it is, its shape and dtype."""
+    return describe(leaf)
+
+
+def _kind_and_weak_type(leaf: Any) -> str:
     return describe(leaf) + (", weakly typed" if getattr(leaf, "weak_type", False) else "")
 
 
-def _usable(path: str, leaf: Any) -> Any:
-    """`leaf`, if its values can be looked at."""
-    if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
-        raise ValueError(
-            f"the array at {path!r} was donated and its values are gone. Keep a copy of it before the step: "
-            "jax.tree.map(jnp.copy, params)."
-        )
-    return leaf
-
-
-def _comparable(leaf: Any) -> bool:
-    return _bits.is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
+def _has_bits(leaf: Any) -> bool:
+    """Whether `leaf` is a number or an array of them; anything else is compared as it is."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return not leaf.dtype.hasobject
+    return isinstance(leaf, (jax.Array, bool, float, complex))
 
 
 def _as_bits(leaf: Any) -> Any:
@@ -48,15 +53,11 @@ def _show(leaf: Any, pattern: np.ndarray, index: tuple[int, ...]) -> str:
     return digits if _bits.is_key(leaf) else f"{np.asarray(leaf)[index]} ({digits})"
 
 
-def _difference_in_kind(left: Any, right: Any) -> str | None:
-    """How two leaves differ in all but their values, or None; what has no bits is compared as it is."""
-    if _kind(left) != _kind(right):
-        return f"{_kind(left)} became {_kind(right)}"
-    return None if _comparable(left) or left is right or left == right else f"{left!r} became {right!r}"
-
-
 def _difference(left: Any, right: Any) -> str | None:
-    """How the bits of two leaves of one kind differ, or None."""
+    """How two leaves of one kind, whose values are known, differ, or None."""
+    if not _has_bits(left):
+        same = left is right or np.array_equal(left, right)
+        return None if same else f"{left!r} became {right!r}"
     old, new = _as_bits(left), _as_bits(right)
     differs = old != new
     if not differs.any():
@@ -70,27 +71,32 @@ def _difference(left: Any, right: Any) -> str | None:
     )
 
 
-def _assert_bits(paths: Sequence[str], before: Sequence[Any], after: Sequence[Any], claim: str) -> None:
-    """Raises an AssertionError that names every leaf whose bits, shape, dtype or weak type differ."""
-    rows = list(zip(paths, map(_usable, paths, before), map(_usable, paths, after), strict=True))
-    known = not any(is_traced(leaf) for _, *pair in rows for leaf in pair)
+def _assert_bits(rows: Sequence[tuple[str, Any, Any]], claim: str, kind: Callable[[Any], str]) -> None:
+    """Raises an AssertionError that names each row (path, before, after) whose bits or kind differ."""
+    for path, *pair in rows:
+        require_alive(path, *pair)
 
-    def report(difference: Callable[[Any, Any], str | None]) -> None:
-        faults = [(path, fault) for path, left, right in rows if (fault := difference(left, right))]
+    def report(difference: Callable[[Any, Any], str | None], rows_in_doubt: Sequence[tuple[str, Any, Any]]) -> None:
+        faults = [(path, fault) for path, left, right in rows_in_doubt if (fault := difference(left, right))]
         if faults:
             lines = [f"  {path or 'the root'}: {fault}" for path, fault in faults[:_MAX_SHOWN]]
             more = [f"  ... and {len(faults) - _MAX_SHOWN} more"] if len(faults) > _MAX_SHOWN else []
             raise AssertionError("\n".join([f"{len(faults)} of {len(rows)} {claim}:", *lines, *more]))
 
-    report(_difference_in_kind)
-    comparable = [(f"{i}: {path}", pair) for i, (path, *pair) in enumerate(rows) if _comparable(pair[0])]
-    bits = [{name: _as_bits(pair[side]) for name, pair in comparable} for side in (0, 1)]
+    def bits(rows: Sequence[tuple[str, Any, Any]], side: int) -> dict[str, Any]:
+        return {f"{i}: {row[0]}": _as_bits(row[side]) for i, row in enumerate(rows) if _has_bits(row[1])}
+
+    report(lambda left, right: f"{kind(left)} became {kind(right)}" if kind(left) != kind(right) else None, rows)
+    known = [row for row in rows if not (is_traced(row[1]) or is_traced(row[2]))]
+    report(lambda left, right: None if _has_bits(left) else _difference(left, right), known)
     try:
-        chex.assert_trees_all_equal(*bits, custom_message=claim)  # in a traced function: checked when it has run
+        chex.assert_trees_all_equal(bits(known, 1), bits(known, 2))
     except AssertionError:
-        if known:
-            report(_difference)
+        report(_difference, known)  # the same, leaf by leaf
         raise
+    traced = [row for row in rows if is_traced(row[1]) or is_traced(row[2])]
+    if traced:  # checked when the traced function has run
+        chex.assert_trees_all_equal(bits(traced, 1), bits(traced, 2), custom_message=claim)
 
 
 def assert_trees_bit_identical(*trees: PyTree) -> None:
@@ -117,7 +123,7 @@ def assert_trees_bit_identical(*trees: PyTree) -> None:
     """
     if len(trees) < 2:
         raise ValueError(f"assert_trees_bit_identical compares two trees or more, found {len(trees)}.")
-    flat = jax.tree_util.tree_leaves_with_path(trees[0])
+    paths = paths_of(trees[0])
     for tree in trees[1:]:
         refuse_live(trees[0], tree)
         try:
@@ -128,21 +134,17 @@ def assert_trees_bit_identical(*trees: PyTree) -> None:
             except ValueError as error:  # the same, with the path
                 raise AssertionError(str(error)) from None
             raise
-        after = jax.tree.leaves(tree)
-        _assert_bits(
-            [keystr(path) for path, _ in flat], [leaf for _, leaf in flat], after, "leaves differ in their bits"
-        )
+        rows = list(zip(paths, jax.tree.leaves(trees[0]), jax.tree.leaves(tree), strict=True))
+        _assert_bits(rows, "leaves differ in their bits", _kind_and_weak_type)
 
 
-def _any_moved(before: Iterable[Any], after: Iterable[Any]) -> Any:
-    """Whether any leaf has other bits than before, as a bool or a traced bool."""
-    moved: Any = False
-    for left, right in zip(before, after, strict=True):
-        if not is_traced(left) and not is_traced(right):
-            moved = moved | bool(_difference_in_kind(left, right) or (_comparable(left) and _difference(left, right)))
-        elif _comparable(left):
-            moved = moved | jnp.any(jnp.asarray(_as_bits(left) != _as_bits(right)))
-    return moved
+def _moved(left: Any, right: Any) -> Any:
+    """Whether a leaf has other bits than before, as a bool or a traced bool."""
+    if _kind(left) != _kind(right):
+        return True
+    if is_traced(left) or is_traced(right):
+        return jnp.any(jnp.asarray(_as_bits(left) != _as_bits(right)))
+    return _difference(left, right) is not None
 
 
 def assert_frozen(
@@ -155,6 +157,8 @@ def assert_frozen(
 ) -> None:
     """Asserts that every frozen leaf kept its bits from `before` to `after`, and that something else moved.
 
+    Weak types are not compared: where `apply_updates` learns at run time that an update is zero, it cannot keep them.
+
     Args:
       before: the parameters before training.
       after: the parameters after it, in the same structure.
@@ -164,8 +168,8 @@ def assert_frozen(
         is frozen by mistake. False where that is meant, for example before the first step.
 
     Raises:
-      AssertionError: a frozen leaf differs in shape, dtype, weak type or bits (the message names the paths, for each
-        the first differing index and both values with their bits), or nothing trainable moved.
+      AssertionError: a frozen leaf differs in shape, dtype or bits (the message names the paths, for each the first
+        differing index and both values with their bits), or nothing trainable moved.
       ValueError: the trees differ in structure or hold the same `nnx.Variable`, or an array was donated; selection
         errors as `freeze`.
 
@@ -176,22 +180,20 @@ def assert_frozen(
     """
     resolution = frozen_selector(frozen, trainable)._resolve(before)
     refuse_live(before, after)
-    leaves = resolution.paths, jax.tree.leaves(before), resolution.up_to(after, "the tree after training")
-
-    def columns(frozen: bool) -> list[list[Any]]:
-        chosen = [is_frozen == frozen for is_frozen in resolution.selected]
-        return [list(itertools.compress(column, chosen)) for column in leaves]
-
-    paths, old, new = columns(frozen=True)
-    _assert_bits(paths, old, new, "frozen leaves did not keep their bits")
-    paths, old, new = columns(frozen=False)
-    if not (expect_movement and paths):
+    after_leaves = resolution.up_to(after, "the tree after")
+    rows = list(zip(resolution.paths, jax.tree.leaves(before), after_leaves, strict=True))
+    _assert_bits(list(itertools.compress(rows, resolution.selected)), "frozen leaves did not keep their bits", _kind)
+    trained = resolution.rest(rows)
+    if not (expect_movement and trained):
         return
-    moved = _any_moved(map(_usable, paths, old), map(_usable, paths, new))
+    moved: Any = False
+    for path, left, right in trained:
+        require_alive(path, left, right)
+        moved = moved | _moved(left, right)
     if is_traced(moved):
         chex.assert_trees_all_equal(moved, jnp.ones_like(moved), custom_message="no trainable leaf moved")
     elif not moved:
         raise AssertionError(
-            f"no trainable leaf moved: all {len(paths)} have the bits they had before, {paths[0]!r} for one. Is "
+            f"no trainable leaf moved: all {len(trained)} have the bits they had before, {trained[0][0]!r} for one. Is "
             "more frozen than was meant, or the learning rate zero? If it is meant, pass expect_movement=False."
         )

@@ -61,8 +61,8 @@ def is_known_zero(update: Any) -> bool:
         return True
     if getattr(update, "dtype", None) == jax.dtypes.float0:
         return True
-    if isinstance(update, np.ndarray) and not any(update.strides) and update.size:
-        return not update.flat[0]
+    if isinstance(update, np.ndarray):
+        return not update.size or (not any(update.strides) and not update.flat[0])
     return False
 
 
@@ -74,11 +74,12 @@ def select_bits(condition: Any, left: Any, right: Any) -> Any:
             select_bits(condition, jnp.real(left), jnp.real(right)),
             select_bits(condition, jnp.imag(left), jnp.imag(right)),
         )
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 8:  # no NaNs, so nothing to lose
-        return jnp.where(condition, left, right)
-    unsigned = _UNSIGNED[jnp.finfo(dtype).bits]
-    left, right = (jax.lax.bitcast_convert_type(x, unsigned) for x in (left, right))
-    return jax.lax.bitcast_convert_type(jnp.where(condition, left, right), dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 8:  # below, there are no NaNs to lose
+        unsigned = _UNSIGNED[jnp.finfo(dtype).bits]
+        left, right = (jax.lax.bitcast_convert_type(x, unsigned) for x in (left, right))
+        return jax.lax.bitcast_convert_type(select_bits(condition, left, right), dtype)
+    condition = condition & (right == right)  # no more than `condition`, sharded as `right` is
+    return jnp.where(condition, left, right)
 
 
 def bits(leaf: Any) -> Any:
@@ -104,7 +105,10 @@ def bits(leaf: Any) -> Any:
     host = np.asarray(leaf)
     if np.iscomplexobj(host):
         return np.stack([bits(host.real), bits(host.imag)], axis=-1)
-    raw = np.ascontiguousarray(host).view(f"uint{8 * host.dtype.itemsize}").reshape(host.shape)
+    host = np.ascontiguousarray(host).reshape(host.shape)
+    if host.dtype.itemsize not in (1, 2, 4, 8) or not host.dtype.isnative or host.dtype.names:
+        return np.frombuffer(host.tobytes(), np.uint8).reshape(*host.shape, host.dtype.itemsize)
+    raw = host.view(f"uint{8 * host.dtype.itemsize}")
     if host.dtype != np.bool_ and raw.dtype == np.uint8:  # int4 and its like take a byte each on the host
         info = jnp.finfo if jnp.issubdtype(host.dtype, jnp.floating) else jnp.iinfo
         raw = raw & np.uint8(2 ** info(host.dtype).bits - 1)

@@ -8,18 +8,19 @@ either way, and nodes cost time at every call of a compiled function.
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from frozen_optax import _bits
 from frozen_optax._selection import Selection, frozen_selector
 from frozen_optax._transforms import is_placeholder, resolve_update
-from frozen_optax._trees import Resolution, describe, is_hole, require_same_structure, up_to
+from frozen_optax._trees import Resolution, describe, is_hole, remember, require_same_structure, up_to
 
 
 def _cut(resolution: Resolution, pieces: list[Any]) -> Any:
@@ -64,37 +65,50 @@ def _is_tangent(resolution: Resolution, params: list[Any], tree: Any) -> bool:
     return all(map(like, params, pieces, resolution.selected))
 
 
-def _on_trainable(
-    function: Callable[..., Any], resolution: Resolution, params: list[Any] | None, cut: dict[str, tuple[Any, Any]]
-) -> Callable[..., Any]:
-    """`function` of the whole tree as a function of the trainable part, whose results are cut back to it.
+def _zero_tangent(leaf: Any) -> Any:
+    if _bits.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
-    `cut` holds the extra arguments that were cut, by name, with what they were: handed on, they are whole again.
+
+class _OnTrainable:
+    """A function of the whole tree as a function of the trainable part, whose results are cut back to it.
+
+    Its first argument that is a trainable part is made whole with the frozen parameters. Further ones are directions,
+    and get zeros. An extra argument that was cut and is handed on is what it was before.
     """
 
-    def whole(tree: Any, name: str | None = None) -> Any:
-        part, original = cut.get(name, (None, None)) if name else (None, None)
-        if part is not None and tree is part:
-            return original
-        if jax.tree.structure(tree) != resolution.holed:
-            return tree
-        if params is None:
-            raise ValueError(
-                f"{getattr(function, '__name__', function)!r} takes the whole tree and the frozen values are not "
-                "known. Pass the parameters: update(updates, state, params, ...)."
-            )
-        trained = iter(jax.tree.leaves(tree))
-        columns = zip(params, resolution.selected, strict=True)
-        return resolution.unflatten([param if is_frozen else next(trained) for param, is_frozen in columns])
+    def __init__(self, function: Any, resolution: Resolution, params: list[Any] | None, cut: list[tuple[Any, Any]]):
+        self.__wrapped__ = function  # optimizers read the signature to see which arguments are its
+        self._resolution, self._params, self._cut = resolution, params, cut
 
-    @functools.wraps(function)  # optimizers read the signature to see which arguments are its
-    def on_trainable(*args: Any, **kwargs: Any) -> Any:
-        result = function(*map(whole, args), **{name: whole(value, name) for name, value in kwargs.items()})
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__wrapped__, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        resolution, params = self._resolution, self._params
+        fillings = iter([params])
+
+        def whole(tree: Any) -> Any:
+            for part, original in self._cut:
+                if tree is part:
+                    return original
+            if jax.tree.structure(tree) != resolution.holed:
+                return tree
+            if params is None:
+                raise ValueError(
+                    f"{getattr(self, '__name__', self.__wrapped__)!r} takes the whole tree and the frozen values "
+                    "are not known. Pass the parameters: update(updates, state, params, ...)."
+                )
+            filling = next(fillings, None) or map(_zero_tangent, params)
+            trained = iter(jax.tree.leaves(tree))
+            columns = zip(filling, resolution.selected, strict=True)
+            return resolution.unflatten([leaf if is_frozen else next(trained) for leaf, is_frozen in columns])
+
+        result = self.__wrapped__(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
         is_tangent = lambda node: params is not None and _is_tangent(resolution, params, node)
         back = lambda node: _cut(resolution, resolution.up_to(node, "the result")) if is_tangent(node) else node
         return jax.tree.map(back, result, is_leaf=is_tangent)
-
-    return on_trainable
 
 
 def _cut_extra_args(resolution: Resolution, params: list[Any] | None, extra_args: dict[str, Any]) -> dict[str, Any]:
@@ -107,8 +121,21 @@ def _cut_extra_args(resolution: Resolution, params: list[Any] | None, extra_args
     return {
         **extra_args,
         **{name: part for name, (part, _) in cut.items()},
-        **{name: _on_trainable(function, resolution, params, cut) for name, function in functions.items()},
+        **{name: _OnTrainable(each, resolution, params, list(cut.values())) for name, each in functions.items()},
     }
+
+
+def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """`optax.with_extra_args_support`, by what `update` takes and not by class: `optax.MultiSteps` takes them, too."""
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        raise TypeError(
+            f"with_frozen takes an optimizer and what is frozen, found {optimizer!r} for the optimizer: expected an "
+            "optax.GradientTransformation, such as optax.adam(1e-3)."
+        )
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    return optax.with_extra_args_support(optimizer)
 
 
 def with_frozen(
@@ -137,7 +164,8 @@ def with_frozen(
     Returns:
       A transformation whose `update(updates, state, params=None, **extra_args)` returns updates in the structure of
       `params`. Among the extra arguments, a callable (`value_fn`, `obj_fn`, `grad_fn`) is called with the whole tree,
-      frozen values in place, and what it returns in that structure is cut back to the trainable part; a pytree that the
+      frozen values in place (of several arguments in the parameters' structure the first; the others are directions
+      and have zeros there), and what it returns in that structure is cut back to the trainable part; a pytree that the
       parameters' structure is a prefix of (`grad`) is cut; arrays are passed as they are.
 
     Raises:
@@ -160,24 +188,25 @@ def with_frozen(
       [-0.0, 1.0]
     """
     selector = frozen_selector(frozen, trainable)
-    inner = optax.with_extra_args_support(optimizer)
+    inner = _with_extra_args(optimizer)
     structures: dict[Any, Any] = {}  # (the trainable part's, a stored state's) -> that state's as `inner` made it
 
     def store(resolution: Resolution, state: Any) -> Any:
+        if not any(resolution.selected):
+            return state
         leaves, treedef = jax.tree.flatten(state)
         stored = resolution.prune(treedef)
-        structures[resolution.holed, stored] = treedef
+        remember(structures, (resolution.holed, stored), treedef)
         return jax.tree.unflatten(stored, leaves)
 
     def load(resolution: Resolution, state: Any, trainable_part: Any) -> Any:
+        if not any(resolution.selected):
+            return state
         leaves, stored = jax.tree.flatten(state)
         if (resolution.holed, stored) not in structures:  # made elsewhere: read from a checkpoint, say
             fresh = store(resolution, jax.eval_shape(inner.init, trainable_part))
             require_same_structure(state, fresh, "the optimizer state", "a fresh state for these parameters")
         return jax.tree.unflatten(structures[resolution.holed, stored], leaves)
-
-    def is_all_frozen(resolution: Resolution) -> bool:  # nothing to run: not every optimizer takes an empty tree
-        return bool(resolution.selected) and all(resolution.selected)
 
     def cut(resolution: Resolution, tree: Any) -> Any:
         return _cut(resolution, resolution.up_to(tree, "the parameters"))
@@ -187,7 +216,7 @@ def with_frozen(
             return inner.init(params)
         resolution = selector._resolve(_one(params))
         _bits.refuse_inexact(resolution, jax.tree.leaves(_one(params)))
-        if is_all_frozen(resolution):
+        if resolution.nothing_left:  # not every optimizer takes an empty tree
             return optax.EmptyState()
         return store(resolution, inner.init(_each(lambda tree: cut(resolution, tree), params)))
 
@@ -195,13 +224,14 @@ def with_frozen(
         resolution = resolve_update(selector, updates, _one(params))
         gradients = resolution.up_to(updates, "updates")
         for path, is_frozen, gradient in zip(resolution.paths, resolution.selected, gradients, strict=True):
-            if not is_frozen and (gradient is None or is_hole(gradient)):
+            nothing = gradient is None or is_hole(gradient) or getattr(gradient, "dtype", None) == jax.dtypes.float0
+            if nothing and not is_frozen:
                 raise ValueError(
                     f"the trainable leaf {path!r} has no gradient, found {describe(gradient)}. Differentiate with "
                     "respect to it, or freeze it."
                 )
         like = updates if params is None else params
-        if is_all_frozen(resolution):
+        if resolution.nothing_left:
             return jax.tree.map(_bits.known_zero, like), state
         leaves = None if params is None else jax.tree.leaves(_one(params))
         trainable_params = None if params is None else _each(lambda tree: cut(resolution, tree), params)

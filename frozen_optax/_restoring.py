@@ -9,7 +9,7 @@ import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, describe, is_traced, refuse_live
+from frozen_optax._trees import PyTree, describe, is_traced, refuse_live, require_alive
 
 
 def _sharding(leaf: Any) -> Any:
@@ -20,7 +20,7 @@ def _sharding(leaf: Any) -> Any:
 
 
 def _differs(leaf: Any, reference: Any) -> str | None:
-    if not (_bits.is_array(leaf) and _bits.is_array(reference)):
+    if not (_bits.is_array(leaf) and _bits.is_array(reference)) or isinstance(reference, jax.ShapeDtypeStruct):
         same = type(leaf) is type(reference)
         return None if same else f"found {describe(reference)}, expected {describe(leaf)}"
     if leaf.shape != reference.shape or leaf.dtype != reference.dtype:
@@ -40,6 +40,9 @@ def restore(params: PyTree, reference: PyTree, frozen: Selection = None, *, trai
     such as SGD, and no norms, the gradient goes too). `python -m benchmarks.claims` prints the figures. `with_frozen`
     saves all of it.
 
+    Call it inside the compiled step, with the reference an argument that is not donated. Called outside of it, the next
+    step must not donate the parameters, as the frozen ones are the reference's own.
+
     Args:
       params: the parameters after a step.
       reference: a tree in the structure of `params` that holds the frozen leaves. The others may be holes.
@@ -50,8 +53,8 @@ def restore(params: PyTree, reference: PyTree, frozen: Selection = None, *, trai
       A tree in the structure of `params`.
 
     Raises:
-      ValueError: the trees differ in structure, or a frozen leaf in shape, dtype or sharding; the message names the
-        path. Both hold the same `nnx.Variable`. Selection errors as `freeze`.
+      ValueError: the trees differ in structure, or a frozen leaf in shape, dtype or sharding, or that of the reference
+        was donated; the message names the path. Both hold the same `nnx.Variable`. Selection errors as `freeze`.
 
     Example:
       >>> import frozen_optax as fo
@@ -63,7 +66,10 @@ def restore(params: PyTree, reference: PyTree, frozen: Selection = None, *, trai
     leaves = jax.tree.leaves(params)
     references = resolution.up_to(reference, "the reference")
     for path, is_frozen, leaf, kept in zip(resolution.paths, resolution.selected, leaves, references, strict=True):
-        if is_frozen and (difference := _differs(leaf, kept)):
+        if not is_frozen:
+            continue
+        require_alive(path, kept)
+        if difference := _differs(leaf, kept):
             raise ValueError(f"the reference does not fit the parameters at {path!r}: {difference}.")
     columns = zip(resolution.selected, leaves, references, strict=True)
     return resolution.unflatten([kept if is_frozen else leaf for is_frozen, leaf, kept in columns])

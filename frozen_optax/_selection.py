@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
+import enum
 import functools
 import glob
 import inspect
@@ -34,14 +35,22 @@ from frozen_optax._trees import (
     is_hole,
     is_traced,
     keystr,
+    remember,
     spec,
 )
 
 # A Selector, a glob, a regex, a list or tuple of these, a predicate, a bool or a (prefix) pytree of bools.
 Selection: TypeAlias = Any
 
-_MAX_CACHED = 16  # structures a selector remembers: parameters, gradients with holes, a few models
 _MAX_CANDIDATES = 5_000  # paths looked through for "did you mean"
+
+
+class _Reads(enum.IntEnum):
+    """What of a tree a selector looks at, hence for how long its answer holds."""
+
+    STRUCTURE = 0
+    SHAPES = 1  # and dtypes
+    VALUES = 2
 
 
 class Selector(abc.ABC):
@@ -49,7 +58,8 @@ class Selector(abc.ABC):
 
     A selector is a value: it prints as the code that makes it, compares by its parts, and is hashable where they are.
     It works on any pytree, of arrays, tracers or `jax.ShapeDtypeStruct`, and remembers what it selected for the last
-    few tree structures, so that tracing a step again does not match the patterns again.
+    few tree structures, so that tracing a step again does not match the patterns again (a mask function, which may read
+    values, is called each time).
 
     Example:
       >>> import frozen_optax as fo
@@ -68,13 +78,9 @@ class Selector(abc.ABC):
         """A bool for each leaf."""
 
     @property
-    def _reads_leaves(self) -> bool:
-        """Whether the answer depends on more than the tree's structure."""
-        return False
-
-    def _reading(self, leaf: Any) -> Any:
-        """What of a leaf the answer depends on."""
-        return None
+    def _reads(self) -> _Reads:
+        """What the answer depends on."""
+        return _Reads.STRUCTURE
 
     @functools.cached_property
     def _cache(self) -> dict[Any, Resolution]:
@@ -86,19 +92,17 @@ class Selector(abc.ABC):
     def _resolve(self, tree: PyTree) -> Resolution:
         """The selection for `tree`, from memory when a tree of the same structure was seen before."""
         leaves, treedef = jax.tree.flatten(tree)
-        key = (treedef, tuple(map(self._reading, leaves)) if self._reads_leaves else None)
+        key = (treedef, tuple(map(spec, leaves)) if self._reads is _Reads.SHAPES else None)
+        remembers = self._reads is not _Reads.VALUES
         try:
-            if (known := self._cache.get(key)) is not None:
+            if remembers and (known := self._cache.get(key)) is not None:
                 return known
-            hashable = True
-        except (TypeError, ValueError):  # static fields that cannot be hashed or compared: nothing is remembered
-            hashable = False
+        except (TypeError, ValueError):  # static fields that cannot be hashed or compared
+            remembers = False
         view = View.of(tree)
         resolution = Resolution(treedef, view.paths, tuple(self._select(view).tolist()))
-        if hashable:
-            if len(self._cache) >= _MAX_CACHED:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[key] = resolution
+        if remembers:
+            remember(self._cache, key, resolution)
         return resolution
 
     def mask(self, tree: PyTree) -> PyTree:
@@ -216,10 +220,9 @@ class _Path(Selector):
 class _Predicate(Selector):
     predicate: Callable[[str, Any], bool]
 
-    _reads_leaves = True  # pyright: ignore
-
-    def _reading(self, leaf: Any) -> Any:
-        return spec(leaf)
+    @property
+    def _reads(self) -> _Reads:
+        return _Reads.SHAPES
 
     def _select(self, view: View) -> np.ndarray:
         selected = []
@@ -247,12 +250,8 @@ class _Mask(Selector):
     mask_or_fn: Any
 
     @property
-    def _reads_leaves(self) -> bool:
-        return _is_function(self.mask_or_fn)
-
-    def _reading(self, leaf: Any) -> Any:
-        kind = jax.Array if isinstance(leaf, jax.Array) else type(leaf)  # a function may ask what a leaf is made of
-        return (kind, spec(leaf)) if self._reads_leaves else None
+    def _reads(self) -> _Reads:
+        return _Reads.VALUES if _is_function(self.mask_or_fn) else _Reads.STRUCTURE
 
     def _select(self, view: View) -> np.ndarray:
         mask = self.mask_or_fn(view.tree) if _is_function(self.mask_or_fn) else self.mask_or_fn
@@ -285,11 +284,8 @@ class _Combined(Selector):
     parts: tuple[Selector, ...]
 
     @property
-    def _reads_leaves(self) -> bool:
-        return any(part._reads_leaves for part in self.parts)
-
-    def _reading(self, leaf: Any) -> Any:
-        return tuple(part._reading(leaf) for part in self.parts)
+    def _reads(self) -> _Reads:
+        return max(part._reads for part in self.parts)
 
 
 class _Any(_Combined):
@@ -313,11 +309,8 @@ class _Not(Selector):
     part: Selector
 
     @property
-    def _reads_leaves(self) -> bool:
-        return self.part._reads_leaves
-
-    def _reading(self, leaf: Any) -> Any:
-        return self.part._reading(leaf)
+    def _reads(self) -> _Reads:
+        return self.part._reads
 
     def _select(self, view: View) -> np.ndarray:
         return ~self.part._select(view)
@@ -408,7 +401,7 @@ def by_mask(mask_or_fn: PyTree | Callable[[PyTree], PyTree]) -> Selector:
     """
     if _is_function(mask_or_fn) and not _takes(mask_or_fn, 1):
         raise TypeError(f"by_mask takes a function of the parameters, found {mask_or_fn!r}. Did you mean by_predicate?")
-    return _Mask(mask_or_fn)
+    return _Mask(mask_or_fn if _is_function(mask_or_fn) else jax.tree.map(lambda leaf: leaf, mask_or_fn))
 
 
 def by_predicate(predicate: Callable[[str, Any], bool]) -> Selector:

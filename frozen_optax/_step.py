@@ -6,20 +6,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from frozen_optax import _bits
-from frozen_optax._trees import PyTree, keystr, up_to
+from frozen_optax._trees import PyTree, describe, paths_of, up_to
+
+
+def _sum(param: Any, update: Any) -> Any:
+    return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+
+
+@jax.custom_jvp
+def _exact_sum(param: Any, update: Any) -> Any:
+    return _bits.select_bits(update == 0, jnp.asarray(param), _sum(param, update))
+
+
+@_exact_sum.defjvp
+def _exact_sum_jvp(primals: Any, tangents: Any) -> Any:
+    # It is a sum, to be differentiated as one: bits have no derivative.
+    return _exact_sum(*primals), jax.jvp(_sum, primals, tangents)[1]
 
 
 def _apply(param: Any, update: Any) -> Any:
     if _bits.is_known_zero(update):
         return param
-    new = jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
-    if new.shape != jnp.shape(param):
-        raise TypeError(f"an update of shape {jnp.shape(update)} for a parameter of shape {jnp.shape(param)}")
-    if not jnp.issubdtype(new.dtype, jnp.inexact) and jnp.result_type(update) == new.dtype:
-        return new  # among integers of one type p + 0 is p
-    return _bits.select_bits(update == 0, jnp.asarray(param), new)
+    if not _bits.is_array(update) and not isinstance(update, (bool, int, float, complex)):
+        raise TypeError(f"an update is an array, found {describe(update)}")
+    shape = jnp.shape(param)
+    if np.broadcast_shapes(shape, jnp.shape(update)) != shape:
+        raise TypeError(f"an update of shape {jnp.shape(update)} for a parameter of shape {shape}")
+    if 0 in shape:
+        return param
+    dtype = jnp.asarray(param).dtype
+    if not jnp.issubdtype(dtype, jnp.inexact) and jnp.result_type(update) == dtype:
+        return _sum(param, update)  # among integers of one type p + 0 is p
+    return _exact_sum(param, update)
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
@@ -27,7 +48,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
 
     Where the update is known to be zero while tracing (the frozen leaves after `with_frozen`; `None`, holes and
     `float0`) there is no operation at all: the parameter itself is returned, whatever it is. Elsewhere it is
-    `(p + u).astype(p.dtype)`, and where an element of `u` is 0 or -0.0 the bits of that element of `p`.
+    `(p + u).astype(p.dtype)`, and where an element of `u` is 0 or -0.0 the bits of that element of `p`. It is
+    differentiated as the sum it is.
 
     Args:
       params: a pytree of parameters.
@@ -51,7 +73,6 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     for i, (param, update) in enumerate(zip(leaves, up_to(treedef, updates, "updates"), strict=True)):
         try:
             new.append(_apply(param, update))
-        except TypeError as error:
-            path = keystr(jax.tree_util.tree_leaves_with_path(params)[i][0])
-            raise TypeError(f"cannot update the parameter at {path!r}: {error}.") from error
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"cannot update the parameter at {paths_of(params)[i]!r}: {error}.") from error
     return jax.tree.unflatten(treedef, new)

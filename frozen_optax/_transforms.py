@@ -52,18 +52,21 @@ def resolve_update(selector: Selector, updates: Any, params: Any) -> Any:
     """The selection at `update`, where the parameters may be missing."""
     if params is not None:
         return selector._resolve(params)
-    if selector._reads_leaves:
+    if selector._reads > 0:
         raise ValueError(
             f"{selector!r} reads the parameters' shapes and dtypes, which gradients need not have. Pass the "
             "parameters: update(updates, state, params)."
         )
-    return selector._resolve(updates)
+    try:
+        return selector._resolve(updates)
+    except ValueError as error:
+        raise ValueError(f"{error} The parameters were not passed, so it was the updates that were asked.") from None
 
 
 def _freeze(selector: Selector) -> optax.GradientTransformation:
     def init_fn(params: Any) -> optax.EmptyState:
         if not is_placeholder(params):
-            selector._resolve(params)
+            _bits.refuse_inexact(selector._resolve(params), jax.tree.leaves(params))
         return optax.EmptyState()
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -15,6 +15,8 @@ import optax
 
 PyTree: TypeAlias = Any
 
+_MAX_REMEMBERED = 16  # structures: parameters, gradients with holes, a few models
+
 
 def is_hole(node: Any) -> bool:
     """Whether `node` stands for a leaf or subtree that is not there."""
@@ -47,6 +49,18 @@ def flatten_with_holes(node: PyTree, path: tuple[Any, ...] = ()) -> Iterator[tup
             yield from flatten_with_holes(leaf, full)
         else:
             yield full, leaf
+
+
+def paths_of(tree: PyTree) -> list[str]:
+    """The paths of the leaves, in order."""
+    return [keystr(path) for path, node in flatten_with_holes(tree) if not is_hole(node)]
+
+
+def remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keeps `value`, and the last few others."""
+    if len(cache) >= _MAX_REMEMBERED:
+        cache.pop(next(iter(cache)), None)
+    cache[key] = value
 
 
 def spec(leaf: Any) -> Any:
@@ -95,6 +109,16 @@ def refuse_live(before: PyTree, after: PyTree) -> None:
 def join(path: str, key: str) -> str:
     """The path of a child; the `value` key of an NNX Variable, which `children` leaves empty, is no part of it."""
     return f"{path}/{key}" if path and key else path or key
+
+
+def require_alive(path: str, *leaves: Any) -> None:
+    """Raise where the values of an array are gone."""
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
+            raise ValueError(
+                f"the array at {path!r} was donated and its values are gone. Keep a copy of it before the step: "
+                "jax.tree.map(jnp.copy, params)."
+            )
 
 
 def children(node: PyTree) -> tuple[list[tuple[str, Any]], Any]:
@@ -217,13 +241,18 @@ class Resolution:
     def prune(self, treedef: Any) -> Any:
         """`treedef`, in which copies of `holed` stand, with one hole for each wholly selected subtree."""
         if treedef not in self._prunings:
-            self._prunings[treedef] = self._prune(treedef)
+            remember(self._prunings, treedef, self._prune(treedef))
         return self._prunings[treedef]
 
     def _prune(self, treedef: Any) -> Any:
         empty = lambda node: jax.tree.structure(node) in self._empty
         tree = jax.tree.unflatten(treedef, range(treedef.num_leaves))
         return jax.tree.structure(jax.tree.map(lambda n: optax.MaskedNode() if empty(n) else n, tree, is_leaf=empty))
+
+    @functools.cached_property
+    def nothing_left(self) -> bool:
+        """Whether all there is, holes aside, is selected."""
+        return all(self.selected) and bool(jax.tree.leaves(self.unflatten(self.selected), is_leaf=is_hole))
 
     @functools.cached_property
     def pruned(self) -> Any:

@@ -199,3 +199,59 @@ def test_a_snapshot_that_moves_with_an_nnx_model_is_an_error():
             assertion(live, nnx.state(model))
     with pytest.raises(AssertionError, match="kernel: 4 of 4"):
         fo.assert_frozen(copy, nnx.to_pure_dict(nnx.state(model)), "kernel")
+
+
+# --- leaves of every kind
+
+
+def test_a_difference_beside_a_leaf_that_is_no_array_is_told():
+    tree = {"act": jax.nn.relu, "w": jnp.ones(2)}
+    for assertion in (fo.assert_trees_bit_identical, lambda *trees: fo.assert_frozen(*trees, "**")):
+        with pytest.raises(AssertionError, match="w: 2 of 2 elements differ"):
+            assertion(tree, tree | {"w": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (1.0, 2.0),
+        (np.float64(1), np.float64(1 + 2**-50)),
+        (np.array([1.0, 1.0]), np.array([1.0, 2.0])),
+        (1, 1 + 2**32),
+        (1 + 0j, 2 + 0j),
+        ("a", "b"),
+    ],
+    ids=str,
+)
+def test_constants_that_differ_beside_traced_leaves_fail_under_chexify(left, right):
+    for assertion in (fo.assert_trees_bit_identical, lambda *trees: fo.assert_frozen(*trees, "**")):
+        with pytest.raises(AssertionError, match="c: "):
+            checked(lambda x, check=assertion: check({"x": x, "c": left}, {"x": x, "c": right}), jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (np.longdouble(1), np.longdouble(2)),
+        (np.ones(2, ">f4"), np.array([1, 2], ">f4")),
+        (np.array([1, 0, 2], np.int16)[::2], np.array([1, 0, 3], np.int16)[::2]),
+        (np.zeros(2, "i4,f8"), np.ones(2, "i4,f8")),
+        (np.array(["a"], "S3"), np.array(["b"], "S3")),
+        (np.array([None, 1]), np.array([None, 2])),
+        (2**80, 2**81),
+        (np.ones((2, 0)), np.ones((0, 2))),
+        (np.zeros((), jax.dtypes.float0), np.zeros((), np.float32)),
+    ],
+    ids=range(9),
+)
+def test_leaves_of_odd_types_are_compared(left, right):
+    fo.assert_trees_bit_identical({"w": left}, {"w": left})
+    differ({"w": left}, {"w": right}, "w: ")
+
+
+def test_a_weak_type_that_is_lost_is_a_difference_of_trees_and_no_movement():
+    weak, strong = {"a": jnp.ones(1), "t": jnp.asarray(1.0)}, {"a": jnp.ones(1), "t": jnp.float32(1.0)}
+    differ(weak, strong, "t: a leaf float32\\[\\], weakly typed became")
+    fo.assert_frozen(weak, strong, "**")
+    with pytest.raises(AssertionError, match="no trainable leaf moved"):
+        fo.assert_frozen(weak, strong, "a")

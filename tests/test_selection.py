@@ -1380,7 +1380,7 @@ def test_selectors_do_not_combine_with_the_words_that_would_drop_one_of_them(com
         combine(fo.by_path("a"), fo.by_path("b"))
 
 
-def test_a_mask_function_is_asked_again_about_leaves_of_another_kind():
+def test_a_mask_function_is_asked_each_time_as_it_may_read_values():
     selector = fo.by_mask(lambda params: jax.tree.map(lambda leaf: isinstance(leaf, jax.Array), params))
     params = {"a": jnp.ones(2)}
     assert selector.mask(jax.eval_shape(lambda: params)) == {"a": False}
@@ -1390,3 +1390,16 @@ def test_a_mask_function_is_asked_again_about_leaves_of_another_kind():
 def test_a_path_that_reads_as_a_glob_is_suggested_as_it_is_written():
     with pytest.raises(ValueError, match=re.escape("write 'a[[]0]'")):
         fo.by_path("a[0]").mask({"a[0]": 1.0})
+
+
+def test_a_mask_function_that_reads_values_is_asked_about_each_tree():
+    selector = fo.by_mask(lambda params: jax.tree.map(lambda leaf: bool((leaf == 0).all()), params))
+    assert selector.paths({"a": jnp.zeros(2), "b": jnp.ones(2)}) == ["a"]
+    assert selector.paths({"a": jnp.ones(2), "b": jnp.zeros(2)}) == ["b"]
+
+
+def test_a_mask_that_is_changed_afterwards_selects_what_it_said():
+    mask = {"a": True, "b": False}
+    selector = fo.by_mask(mask)
+    mask["a"] = False
+    assert selector.paths({"a": 1.0, "b": 2.0}) == ["a"]

@@ -157,3 +157,74 @@ def test_under_jit_the_final_addition_for_a_restored_leaf_disappears_and_its_mom
     assert changed < 0.6 * nothing_frozen
     assert changed < 0.8 * back
     assert back < nothing_frozen
+
+
+# --- derivatives
+
+
+def second_derivative(function):
+    return jax.grad(lambda params: jax.grad(function)(params)["head"].sum())
+
+
+def adapted_loss(apply, tx, params, loss):
+    updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    return loss(apply(params, updates))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd, second_derivative])
+def test_a_step_has_the_derivative_of_the_sum_it_is(differentiate, wrap):
+    params = {"encoder": jnp.array([1.0, 2.0, -1.0]), "head": jnp.array([0.5, 1.0, 2.0])}
+    loss = lambda params: jnp.sum((params["encoder"] * params["head"] - 2.0) ** 2)
+    tx = fo.with_frozen(optax.sgd(0.1), "encoder")
+    derivatives = [
+        wrap(differentiate(lambda params, apply=apply: adapted_loss(apply, tx, params, loss)))(params)
+        for apply in (fo.apply_updates, optax.apply_updates)
+    ]
+    assert np.abs(derivatives[0]["head"]).max() > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *derivatives)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_learning_rate_has_a_derivative_also_where_it_is_zero(rate):
+    params = {"w": jnp.array([1.0, 2.0])}
+    loss = lambda params: jnp.sum(params["w"] ** 2)
+
+    def after(rate, apply):
+        return loss(apply(params, jax.tree.map(lambda g: -rate * g, jax.grad(loss)(params))))
+
+    np.testing.assert_allclose(jax.grad(after)(rate, fo.apply_updates), jax.grad(after)(rate, optax.apply_updates))
+
+
+def test_complex_parameters_have_the_derivative_of_the_sum():
+    derivative = lambda apply: jax.grad(lambda p: jnp.abs(apply(p, 0.1 * p)).sum())(jnp.array([1 + 2j, -1j]))
+    np.testing.assert_allclose(derivative(fo.apply_updates), derivative(optax.apply_updates), rtol=1e-6)
+
+
+# --- odd leaves
+
+
+@pytest.mark.parametrize("leaf", [np.zeros((0,), np.float32), jax.lax.full((0, 3), 1.0)], ids=["numpy", "weak"])
+def test_a_leaf_without_elements_stays_the_object_it_is(leaf):
+    tx = fo.with_frozen(optax.sgd(0.1), "empty")
+    params = {"empty": leaf, "head": jnp.ones(2)}
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert fo.apply_updates(params, updates)["empty"] is leaf
+
+
+@pytest.mark.parametrize("wrong", [np.ones(2, np.float32), [1.0, 2.0, 3.0], "update"], ids=["shape", "list", "str"])
+def test_an_update_that_is_no_array_or_does_not_fit_names_the_path(wrong):
+    with pytest.raises(TypeError, match="cannot update the parameter at 'w'"):
+        fo.apply_updates({"w": np.ones(3, np.float32)}, {"w": wrong})
+
+
+def test_a_reference_that_was_donated_is_an_error_that_names_the_path():
+    reference = make_params()
+    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(reference)
+    with pytest.raises(ValueError, match=r"the array at 'encoder/w' was donated"):
+        fo.restore(make_params(), reference, "encoder")
+
+
+def test_a_reference_of_shapes_alone_is_an_error():
+    with pytest.raises(ValueError, match="does not fit the parameters at 'encoder/w'"):
+        fo.restore(make_params(), jax.eval_shape(make_params), "encoder")

@@ -117,3 +117,8 @@ def test_tree_map_params_goes_through_it():
     params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
     mapped = optax.tree_map_params(tx, lambda leaf: "param", tx.init(params))
     assert mapped[0][0].mu == {"encoder": "param", "head": "param"}
+
+
+def test_a_frozen_leaf_that_no_compiled_function_keeps_is_refused_by_path():
+    with pytest.raises(TypeError, match="the frozen leaf 'scale' is the Python float"):
+        fo.freeze("scale").init({"scale": 0.1, "w": jnp.ones(2)})

@@ -339,3 +339,137 @@ def test_the_selection_is_made_once_for_a_structure():
     for _ in range(3):
         jax.make_jaxpr(lambda params: tx.update(params, state, params)[0])(params)
     assert len(calls) == 4
+
+
+# --- what optimizers do with their extra arguments
+
+
+def hands_on(call):
+    """An optimizer whose updates are what `call(value_fn, params, updates, batch)` returns."""
+
+    def update(updates, state, params=None, *, value_fn, batch=None, **_):
+        return call(value_fn, params, updates, batch), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda f, p, b: f(p, b), lambda f, p, b: f(p, batch=b), lambda f, p, b: f(batch=b, params=p)]
+)
+def test_a_batch_in_the_parameters_structure_is_whole_again_however_it_is_handed_on(call):
+    params = (jnp.array([10.0, 20.0]), jnp.array([3.0, 4.0]))
+    batch = (jnp.array([1.0, 1.0]), jnp.array([5.0, 5.0]))
+
+    def loss(params, batch):
+        return jnp.sum((params[1] * batch[0] - batch[1]) ** 2) + 0 * params[0].sum()
+
+    gradient = lambda value_fn, params, updates, batch: jax.grad(lambda p: call(value_fn, p, batch))(params)
+    tx = fo.with_frozen(hands_on(gradient), (True, False))
+    updates, _ = tx.update(params, tx.init(params), params, value_fn=loss, batch=batch)
+    np.testing.assert_array_equal(updates[1], jax.grad(loss)(params, batch)[1])
+
+
+def test_a_function_of_parameters_and_a_direction_has_zeros_in_the_frozen_part_of_the_direction():
+    params = {"encoder": jnp.array([2.0, 3.0]), "steps": jnp.array(3), "head": jnp.array([1.0, 2.0])}
+    loss = lambda params: jnp.sum((params["encoder"] * params["head"]) ** 2) + 0 * params["steps"]
+    hvp = lambda params, direction: jax.jvp(jax.grad(loss, allow_int=True), (params,), (direction,))[1]
+    tx = fo.with_frozen(hands_on(lambda hvp, params, updates, batch: hvp(params, updates)), trainable="head")
+    updates, _ = tx.update(params, tx.init(params), params, value_fn=hvp)
+    np.testing.assert_array_equal(updates["head"], 2 * params["encoder"] ** 2 * params["head"])
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: tx.gradient_transformation()], ids=["class", "transform"])
+def test_multi_steps_hands_its_extra_arguments_on(wrap):
+    params = {"encoder": jnp.ones(2), "head": jnp.array([3.0, 4.0])}
+    loss = lambda params: jnp.sum(params["encoder"] * (params["head"] - 1) ** 2)
+    value, gradients = jax.value_and_grad(loss)(params)
+    tx = fo.with_frozen(wrap(optax.MultiSteps(optax.lbfgs(), 2)), "encoder")
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(gradients, state, params, value=value, grad=gradients, value_fn=loss)
+    assert loss(fo.apply_updates(params, updates)) < value
+
+
+def test_an_object_that_is_called_keeps_its_attributes():
+    class Loss:
+        scale = 2.0
+
+        def __call__(self, params):
+            return self.scale * jnp.sum(params["head"] ** 2) + 0 * params["encoder"].sum()
+
+    params = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
+    gradient = lambda loss, params, updates, batch: jax.tree.map(lambda g: g / loss.scale, jax.grad(loss)(params))
+    tx = fo.with_frozen(hands_on(gradient), "encoder")
+    updates, _ = tx.update(params, tx.init(params), params, value_fn=Loss())
+    assert updates["head"].tolist() == [2.0, 2.0]
+
+
+# --- more errors
+
+
+SWAPPED, UNCALLED = ("encoder", optax.adam(0.1)), (optax.adam, "encoder")
+
+
+@pytest.mark.parametrize("arguments", [SWAPPED, UNCALLED], ids=["swapped", "uncalled"])
+def test_what_is_no_optimizer_is_an_error_that_says_what_is_expected(arguments):
+    with pytest.raises(TypeError, match=r"for the optimizer: expected an optax.GradientTransformation"):
+        fo.with_frozen(*arguments)
+
+
+def test_an_integer_that_is_to_be_trained_is_an_error_that_names_it():
+    params = {"encoder": jnp.ones(2), "steps": jnp.array(3)}
+    gradients = {"encoder": jnp.ones(2), "steps": np.zeros((), jax.dtypes.float0)}
+    with pytest.raises(ValueError, match="the trainable leaf 'steps' has no gradient"):
+        step(fo.with_frozen(optax.sgd(0.1), "encoder"), gradients, params)
+
+
+def test_without_parameters_an_error_about_the_updates_says_so():
+    tx = fo.with_frozen(optax.sgd(0.1), "encoder")
+    state = tx.init({"encoder": jnp.ones(2), "head": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"selects nothing.*The parameters were not passed"):
+        tx.update({"encoder": None, "head": jnp.ones(2)}, state)
+
+
+def test_freezing_everything_accepts_holes_without_parameters():
+    params = {"encoder": jnp.ones(2)}
+    tx = fo.with_frozen(optax.adam(0.1), "**")
+    holes, _ = fo.partition(params, "**")
+    updates, _ = tx.update(holes, tx.init(params))
+    assert updates == holes
+
+
+# --- one transformation, many trees
+
+
+def test_one_transformation_serves_trees_of_one_structure_whose_selection_differs():
+    tx = fo.with_frozen(optax.adam(0.1), lambda path, leaf: leaf.ndim > 1)
+    trees = [{"a": jnp.ones((2, 2)), "b": jnp.ones(2)}, {"a": jnp.ones(2), "b": jnp.ones((2, 2))}]
+    states = [tx.init(tree) for tree in trees]
+    for tree, state, frozen in zip(trees * 2, states * 2, ["a", "b"] * 2, strict=True):
+        updates, _ = tx.update(tree, state, tree)
+        fo.assert_frozen(tree, fo.apply_updates(tree, updates), frozen)
+
+
+def test_a_state_whose_structure_changes_after_the_first_step_goes_on():
+    def update(updates, state, params=None):
+        return updates, {"seen": updates, "last": state.get("seen")}
+
+    params = {"encoder": {"a": jnp.ones(2), "b": jnp.ones(2)}, "head": jnp.ones(2)}
+    tx = fo.with_frozen(optax.GradientTransformation(lambda params: {}, update), "encoder")
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    assert state["last"]["encoder"] == optax.MaskedNode()
+    assert state["last"]["head"].tolist() == [1.0, 1.0]
+
+
+def test_updates_are_applied_under_explicit_sharding():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+        put = lambda leaf: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+        params = {"encoder": put(jnp.arange(8.0)), "head": put(jnp.ones(8))}
+        tx = fo.with_frozen(optax.sgd(0.1), "encoder")
+        updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)
+        after = fo.apply_updates(params, updates)
+        fo.assert_frozen(params, after, "encoder")
+        assert after["head"].sharding.spec == params["head"].sharding.spec
