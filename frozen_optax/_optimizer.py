@@ -151,7 +151,7 @@ def with_frozen(
       anything: NaN, `float0`, `None`, holes.
     - the state is the optimizer's own state over the trainable part, one hole (`optax.MaskedNode`) standing for a
       wholly frozen subtree, so `optax.tree_utils.tree_get` and the like find in it what they always do. With everything
-      frozen there is nothing to run, and the state is an `optax.EmptyState`.
+      frozen there is nothing to run: the state is an `optax.EmptyState`, and `optax.tree_map_params` does not fit it.
 
     It promises this as the outermost transform. A wrapper put around it sees the frozen leaves again; the README tells
     wrapper by wrapper what holds then.

@@ -95,10 +95,10 @@ class View:
 
 def refuse_live(before: PyTree, after: PyTree) -> None:
     """Raise where two trees hold the very same NNX Variable: what changed the one has changed the other."""
-    is_variable = lambda node: isinstance(node, _variable_type())
-    leaves = lambda tree: jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
-    own = {id(node) for _, node in leaves(before) if is_variable(node)}
-    for path, node in leaves(after) if own else ():
+    variable = _variable_type()
+    is_variable = lambda node: isinstance(node, variable)
+    own = {id(node) for node in jax.tree.leaves(before, is_leaf=is_variable) if is_variable(node)}
+    for path, node in jax.tree_util.tree_leaves_with_path(after, is_leaf=is_variable) if own else ():
         if id(node) in own:
             raise ValueError(
                 f"both trees hold the same nnx.Variable at {keystr(path)!r}, so they always agree: nnx.state(model) "

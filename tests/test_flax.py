@@ -583,15 +583,18 @@ def test_model_and_optimizer_takes_it_too() -> None:
     assert_encoder_held_and_head_moved(before, weights(both.model))
 
 
-@pytest.mark.skipif("graph" not in inspect.signature(nnx.jit).parameters, reason="this flax has no tree mode")
-def test_the_tree_mode_of_nnx_takes_it_too() -> None:
+MODES = [{}, {"graph": False}] if "graph" in inspect.signature(nnx.jit).parameters else [{}]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_both_modes_of_nnx_take_it(mode: dict[str, bool]) -> None:
     model = NnxNet(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, HOLD["with_frozen"](OPTIMIZERS["adamw"]), wrt=nnx.Param, graph=False)
+    optimizer = nnx.Optimizer(model, HOLD["with_frozen"](OPTIMIZERS["adamw"]), wrt=nnx.Param, **mode)
     before = weights(model)
 
-    @functools.partial(nnx.jit, graph=False)
+    @functools.partial(nnx.jit, **mode)
     def step(model: Any, optimizer: Any) -> None:
-        optimizer.update(model, nnx.grad(lambda model: loss(model(X)), graph=False)(model))
+        optimizer.update(model, nnx.grad(lambda model: loss(model(X)), **mode)(model))
 
     for _ in range(3):
         step(model, optimizer)
