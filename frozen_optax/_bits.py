@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from frozen_optax._trees import Resolution, is_hole, is_traced
+from frozen_optax._trees import Resolution, describe, is_hole, is_traced
 
 _UNSIGNED = {4: "uint4", 8: "uint8", 16: "uint16", 32: "uint32", 64: "uint64"}
 
@@ -113,6 +113,16 @@ def bits(leaf: Any) -> Any:
         info = jnp.finfo if jnp.issubdtype(host.dtype, jnp.floating) else jnp.iinfo
         raw = raw & np.uint8(2 ** info(host.dtype).bits - 1)
     return raw
+
+
+def refuse_untrainable(frozen: Resolution, leaves: Iterable[Any]) -> None:
+    """Raise for a leaf that is to be trained and is no number."""
+    for path, is_frozen, leaf in zip(frozen.paths, frozen.selected, leaves, strict=True):
+        if not (is_frozen or is_array(leaf) or isinstance(leaf, (bool, int, float, complex))):
+            raise TypeError(
+                f"the trainable leaf {path!r} is no array but {describe(leaf)}. Freeze it, or leave it out of the "
+                "parameters: with Equinox, eqx.filter(model, eqx.is_inexact_array)."
+            )
 
 
 def refuse_inexact(frozen: Resolution, leaves: Iterable[Any]) -> None:

@@ -7,6 +7,14 @@ import functools
 import re
 
 
+def _reads_as_numbers(body: str) -> bool:
+    """Whether a class was meant as a range of numbers of several digits, as in `[0-11]`, which is 0, 1 and 1."""
+    parts = re.findall(r".-.|.", body, re.DOTALL)
+    digits = [re.fullmatch(r"\d-\d|\d", part) is not None for part in parts]
+    pairs = zip(parts, parts[1:], digits, digits[1:], strict=False)
+    return any(here and there and len(part) != len(after) for part, after, here, there in pairs)
+
+
 def _segment_regex(segment: str, glob: str) -> str:
     """One segment of a glob as a regex that stays within a segment of the path.
 
@@ -32,6 +40,11 @@ def _segment_regex(segment: str, glob: str) -> str:
             end = segment.find("]", start + 1)  # a `]` that comes first is one of the class
             if end < 0:
                 raise ValueError(f"glob {glob!r}: the class opened by '[' is not closed. To match '[' write '[[]'.")
+            if _reads_as_numbers(segment[start:end]):
+                raise ValueError(
+                    f"glob {glob!r}: a class matches one character, so [{segment[i:end]}] is no range of numbers. For "
+                    "layers 0 to 11 write two globs, 'layer_[0-9]' and 'layer_1[01]'."
+                )
             body = re.sub(r"([^-\w\s]|(?<=.-)-)", r"\\\1", segment[start:end])
             out.append(f"(?!/)[{'^' if start > i else ''}{body}]")  # a range may span '/', which no segment holds
             i = end + 1

@@ -23,11 +23,6 @@ from frozen_optax._transforms import is_placeholder, resolve_update
 from frozen_optax._trees import Resolution, describe, is_hole, remember, require_same_structure, up_to
 
 
-def _cut(resolution: Resolution, pieces: list[Any]) -> Any:
-    """The trainable part, a hole for each frozen leaf."""
-    return jax.tree.unflatten(resolution.holed, resolution.rest(pieces))
-
-
 def _each(function: Callable[..., Any], params: Any, *rest: Any) -> Any:
     """`function` over a tree of parameters, or over both trees of `optax.lookahead`, whose gradients are of one."""
     if isinstance(params, optax.LookaheadParams):
@@ -100,14 +95,11 @@ class _OnTrainable:
                     f"{getattr(self, '__name__', self.__wrapped__)!r} takes the whole tree and the frozen values "
                     "are not known. Pass the parameters: update(updates, state, params, ...)."
                 )
-            filling = next(fillings, None) or map(_zero_tangent, params)
-            trained = iter(jax.tree.leaves(tree))
-            columns = zip(filling, resolution.selected, strict=True)
-            return resolution.unflatten([leaf if is_frozen else next(trained) for leaf, is_frozen in columns])
+            return resolution.fill(next(fillings, None) or map(_zero_tangent, params), jax.tree.leaves(tree))
 
         result = self.__wrapped__(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
         is_tangent = lambda node: params is not None and _is_tangent(resolution, params, node)
-        back = lambda node: _cut(resolution, resolution.up_to(node, "the result")) if is_tangent(node) else node
+        back = lambda node: resolution.cut(resolution.up_to(node, "the result")) if is_tangent(node) else node
         return jax.tree.map(back, result, is_leaf=is_tangent)
 
 
@@ -116,7 +108,7 @@ def _cut_extra_args(resolution: Resolution, params: list[Any] | None, extra_args
     if not any(resolution.selected):
         return extra_args
     pieces = {name: _pieces(resolution, value) for name, value in extra_args.items()}
-    cut = {name: (_cut(resolution, part), extra_args[name]) for name, part in pieces.items() if part is not None}
+    cut = {name: (resolution.cut(part), extra_args[name]) for name, part in pieces.items() if part is not None}
     functions = {name: value for name, value in extra_args.items() if name not in cut and callable(value)}
     return {
         **extra_args,
@@ -148,10 +140,12 @@ def with_frozen(
     - frozen leaves get an update that is known to be zero while tracing. `frozen_optax.apply_updates` does nothing for
       it, so they keep every bit, of any dtype. With `optax.apply_updates` they keep what `p + (-0.0)` keeps.
     - trained leaves take the trajectory that `optimizer` gives when it is handed them alone. Frozen gradients may be
-      anything: NaN, `float0`, `None`, holes.
+      anything: NaN, `float0`, `None` for a leaf, a hole for a leaf or a subtree.
     - the state is the optimizer's own state over the trainable part, one hole (`optax.MaskedNode`) standing for a
       wholly frozen subtree, so `optax.tree_utils.tree_get` and the like find in it what they always do. With everything
       frozen there is nothing to run: the state is an `optax.EmptyState`, and `optax.tree_map_params` does not fit it.
+
+    For `optax.lookahead` the parameters are a pair of trees; what is frozen is said of one and holds for both.
 
     It promises this as the outermost transform. A wrapper put around it sees the frozen leaves again; the README tells
     wrapper by wrapper what holds then.
@@ -192,7 +186,7 @@ def with_frozen(
     structures: dict[Any, Any] = {}  # (the trainable part's, a stored state's) -> that state's as `inner` made it
 
     def store(resolution: Resolution, state: Any) -> Any:
-        if not any(resolution.selected):
+        if resolution.is_whole:
             return state
         leaves, treedef = jax.tree.flatten(state)
         stored = resolution.prune(treedef)
@@ -200,22 +194,30 @@ def with_frozen(
         return jax.tree.unflatten(stored, leaves)
 
     def load(resolution: Resolution, state: Any, trainable_part: Any) -> Any:
-        if not any(resolution.selected):
+        if resolution.is_whole:
             return state
         leaves, stored = jax.tree.flatten(state)
         if (resolution.holed, stored) not in structures:  # made elsewhere: read from a checkpoint, say
             fresh = store(resolution, jax.eval_shape(inner.init, trainable_part))
-            require_same_structure(state, fresh, "the optimizer state", "a fresh state for these parameters")
+            try:
+                require_same_structure(state, fresh, "the optimizer state", "a fresh one for these parameters")
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} Was it made for another choice of frozen leaves, or for another tree? Make a new one: "
+                    "tx.init(params)."
+                ) from None
         return jax.tree.unflatten(structures[resolution.holed, stored], leaves)
 
     def cut(resolution: Resolution, tree: Any) -> Any:
-        return _cut(resolution, resolution.up_to(tree, "the parameters"))
+        return resolution.cut(resolution.up_to(tree, "the parameters"))
 
     def init_fn(params: Any) -> Any:
         if is_placeholder(params):
             return inner.init(params)
         resolution = selector._resolve(_one(params))
-        _bits.refuse_inexact(resolution, jax.tree.leaves(_one(params)))
+        leaves = jax.tree.leaves(_one(params))
+        _bits.refuse_inexact(resolution, leaves)
+        _bits.refuse_untrainable(resolution, leaves)
         if resolution.nothing_left:  # not every optimizer takes an empty tree
             return optax.EmptyState()
         return store(resolution, inner.init(_each(lambda tree: cut(resolution, tree), params)))
@@ -235,7 +237,7 @@ def with_frozen(
             return jax.tree.map(_bits.known_zero, like), state
         leaves = None if params is None else jax.tree.leaves(_one(params))
         trainable_params = None if params is None else _each(lambda tree: cut(resolution, tree), params)
-        trainable_updates = _cut(resolution, gradients)
+        trainable_updates = resolution.cut(gradients)
         new, inner_state = inner.update(
             trainable_updates,
             load(resolution, state, trainable_updates if params is None else trainable_params),
@@ -244,9 +246,8 @@ def with_frozen(
         )
 
         def whole(like: Any, trained: Any) -> Any:
-            trained = iter(up_to(resolution.holed, trained, "the optimizer's updates", "those it was given"))
-            rows = zip(resolution.selected, resolution.up_to(like, "the parameters"), strict=True)
-            return resolution.unflatten([_bits.known_zero(leaf) if frozen else next(trained) for frozen, leaf in rows])
+            trained = up_to(resolution.holed, trained, "the optimizer's updates", "those it was given")
+            return resolution.fill(map(_bits.known_zero, resolution.up_to(like, "the parameters")), trained)
 
         return _each(whole, like, new), store(resolution, inner_state)
 

@@ -363,6 +363,7 @@ def _memory(
     trained = resolution.rest(specs)
     state = None
     if optimizer is not None:
+        _bits.refuse_untrainable(resolution, specs)
         init = with_frozen(optimizer, selector).init
         rest = partition(params, selector)[1]  # as it is: what is frozen need not be an array
         made = jax.eval_shape(lambda part: init(combine(part, rest)), jax.tree.unflatten(resolution.holed, trained))

@@ -141,22 +141,29 @@ class Selector(abc.ABC):
         resolution = self._resolve(tree)
         return [path for path, chosen in zip(resolution.paths, resolution.selected, strict=True) if chosen]
 
-    def __or__(self, other: Selector) -> Selector:
-        return _Any((self, other)) if isinstance(other, Selector) else NotImplemented
+    def __or__(self, other: Selector | str | re.Pattern[str]) -> Selector:
+        return _Any((self, as_selector(other))) if isinstance(other, _OPERANDS) else NotImplemented
 
-    def __and__(self, other: Selector) -> Selector:
-        return _All((self, other)) if isinstance(other, Selector) else NotImplemented
+    def __ror__(self, other: str | re.Pattern[str]) -> Selector:
+        return as_selector(other) | self if isinstance(other, _OPERANDS) else NotImplemented
+
+    def __and__(self, other: Selector | str | re.Pattern[str]) -> Selector:
+        return _All((self, as_selector(other))) if isinstance(other, _OPERANDS) else NotImplemented
+
+    def __rand__(self, other: str | re.Pattern[str]) -> Selector:
+        return as_selector(other) & self if isinstance(other, _OPERANDS) else NotImplemented
 
     def __invert__(self) -> Selector:
         return _Not(self)
 
     def __bool__(self) -> bool:
         raise TypeError(
-            f"{self!r} is neither true nor false. Selectors combine with |, & and ~, not with or, and, not."
+            f"{self!r} is neither true nor false. Selectors combine with |, & and ~, not with or, and, not; where a "
+            "mask function is wanted, give selector.mask."
         )
 
 
-def _nearest(pattern: str, view: View) -> str:
+def _nearest(pattern: str, view: View, regex: re.Pattern[str] | None) -> str:
     """Paths of leaves and modules that look like `pattern`, as the end of an error message."""
     split = [path.split("/") for path in view.paths]
     known: dict[str, None] = {}
@@ -167,6 +174,12 @@ def _nearest(pattern: str, view: View) -> str:
     below = [path for path in known if path.endswith("/" + pattern)]
     close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or list(view.paths[:3])
     hints = []
+    if regex is not None and any(map(regex.search, view.paths)):
+        hints.append("A regex has to match the whole path: begin or end it with '.*'.")
+    if regex is None and (".*" in pattern or any(char in pattern for char in "{},|")):
+        hints.append("A glob knows *, ?, [...] and **: give several patterns as a list, a regex as re.compile(...).")
+    if any(path.lower() == pattern.lower() for path in known):
+        hints.append("Upper and lower case differ.")
     if pattern in known and glob.escape(pattern) != pattern:
         hints.append(f"To match the characters '*', '?' and '[' of a path write {glob.escape(pattern)!r}.")
     if below:
@@ -200,7 +213,8 @@ class _Path(Selector):
             if not matches.any() and not self._may_be_empty(matcher, view):
                 pattern = matcher.glob if isinstance(matcher, Glob) else matcher
                 count = len(view.paths)
-                nearest = _nearest(pattern if isinstance(pattern, str) else pattern.pattern, view)
+                is_glob = isinstance(pattern, str)
+                nearest = _nearest(pattern if is_glob else pattern.pattern, view, None if is_glob else pattern)
                 message = f"by_path({_repr(pattern)}) selects nothing: it matches none of the {count} leaves."
                 raise ValueError(f"{message} {nearest}".rstrip())
             selected |= matches
@@ -227,7 +241,13 @@ class _Predicate(Selector):
     def _select(self, view: View) -> np.ndarray:
         selected = []
         for path, leaf in zip(view.paths, view.specs, strict=True):
-            answer = self.predicate(path, leaf)
+            try:
+                answer = self.predicate(path, leaf)
+            except AttributeError as error:
+                raise TypeError(
+                    f"{self!r} failed at {path!r}: {error}. A predicate sees a leaf's shape and dtype, not its "
+                    "values; a function that needs values goes through by_mask."
+                ) from error
             if not isinstance(answer, (bool, np.bool_)):
                 raise TypeError(f"{self!r} returned {answer!r} at {path!r}, expected a bool.")
             selected.append(bool(answer))
@@ -257,9 +277,10 @@ class _Mask(Selector):
         mask = self.mask_or_fn(view.tree) if _is_function(self.mask_or_fn) else self.mask_or_fn
         for path, leaf in flatten_with_holes(mask):
             if not is_hole(leaf) and _as_bool(leaf) is None:
+                shown = describe(leaf) if hasattr(leaf, "shape") else f"{describe(leaf)} ({leaf!r})"
                 raise TypeError(
-                    f"a mask holds True and False, found {describe(leaf)} ({leaf!r}) at {keystr(path) or 'the root'!r}."
-                    " Patterns and predicates go in a list of their own; a mask cannot depend on traced values."
+                    f"a mask holds True and False, found {shown} at {keystr(path) or 'the root'!r}. "
+                    "Patterns and predicates go in a list of their own; a mask cannot depend on traced values."
                 )
         try:
             pairs = list(zip(jax.tree.leaves(mask), align(mask, view.tree), strict=True))
@@ -325,6 +346,9 @@ class _Not(Selector):
         return f"~{_operand(self.part)}"
 
 
+_OPERANDS = (Selector, str, re.Pattern)
+
+
 def _is_function(value: Any) -> bool:
     """Whether `value` is to be called, and not a mask that happens to be callable (a module of bools)."""
     return callable(value) and not any(_as_bool(leaf) is not None for leaf in jax.tree.leaves(value))
@@ -372,7 +396,10 @@ def by_path(*patterns: str | re.Pattern[str]) -> Selector:
         raise ValueError("by_path() needs at least one pattern. To select nothing write by_mask(False).")
     for pattern in patterns:
         if not isinstance(pattern, (str, re.Pattern)):
-            raise TypeError(f"by_path takes globs and compiled regexes, found {describe(pattern)}: {pattern!r}.")
+            raise TypeError(
+                f"by_path takes globs and compiled regexes one by one, by_path('a', 'b'), found {describe(pattern)}: "
+                f"{pattern!r}."
+            )
         if isinstance(pattern, re.Pattern) and not isinstance(pattern.pattern, str):
             raise TypeError(f"by_path matches text, found the bytes regex {pattern!r}.")
         if isinstance(pattern, str):

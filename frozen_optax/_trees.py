@@ -171,18 +171,23 @@ def up_to(treedef: Any, tree: PyTree, name: str, other: str = "the parameters") 
         except Mismatch as mismatch:
             path, expected, found = mismatch.args
             raise ValueError(
-                f"{name} and {other} differ in structure at {path!r}: found {found}, expected {expected}. The "
-                "parameters, and all that goes with them, keep the structure they had at init."
+                f"{name} and {other} differ in structure at {path!r}: found {found}, expected {expected}."
             ) from None
 
 
 def require_same_structure(tree: PyTree, reference: PyTree, name: str, other: str) -> None:
     """Raise, with the path, where a tree has another structure than a reference."""
     treedef, expected = jax.tree.structure(tree), jax.tree.structure(reference)
-    if treedef != expected:
-        up_to(expected, tree, name, other)  # either may go deeper than the other
-        up_to(treedef, reference, other, name)
-        raise ValueError(f"{name} and {other} differ in structure: found {treedef}, expected {expected}.")
+    if treedef == expected:
+        return
+    up_to(expected, tree, name, other)
+    try:
+        list(align(tree, reference))  # the tree may go deeper than the reference
+    except Mismatch as mismatch:
+        path, found, wanted = mismatch.args
+        message = f"{name} and {other} differ in structure at {path!r}: found {found}, expected {wanted}."
+        raise ValueError(message) from None
+    raise ValueError(f"{name} and {other} differ in structure: found {treedef}, expected {expected}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +219,17 @@ class Resolution:
     def rest(self, leaves: Iterable[Any]) -> list[Any]:
         """Those of `leaves` that are not selected."""
         return [leaf for leaf, selected in zip(leaves, self.selected, strict=True) if not selected]
+
+    def cut(self, leaves: Iterable[Any]) -> PyTree:
+        """The tree of those of `leaves` that are not selected, a hole for each that is."""
+        return jax.tree.unflatten(self.holed, self.rest(leaves))
+
+    def fill(self, leaves: Iterable[Any], rest: Iterable[Any]) -> PyTree:
+        """The whole tree: those of `leaves` that are selected, and for the others, in turn, those of `rest`."""
+        rest = iter(rest)
+        return self.unflatten(
+            [leaf if chosen else next(rest) for leaf, chosen in zip(leaves, self.selected, strict=True)]
+        )
 
     @functools.cached_property
     def holed(self) -> Any:
@@ -248,6 +264,12 @@ class Resolution:
         empty = lambda node: jax.tree.structure(node) in self._empty
         tree = jax.tree.unflatten(treedef, range(treedef.num_leaves))
         return jax.tree.structure(jax.tree.map(lambda n: optax.MaskedNode() if empty(n) else n, tree, is_leaf=empty))
+
+    @functools.cached_property
+    def is_whole(self) -> bool:
+        """Whether there is no hole in what is not selected."""
+        tree = jax.tree.unflatten(self.holed, range(self.holed.num_leaves))
+        return not any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
 
     @functools.cached_property
     def nothing_left(self) -> bool:

@@ -592,8 +592,17 @@ def test_selectors_combine_with_or_and_not():
     assert isinstance(encoder | bias, fo.Selector)
 
 
-@pytest.mark.parametrize("other", ["head", re.compile("head"), True, None, lambda path, leaf: True])
-def test_selectors_combine_with_nothing_but_selectors(other):
+@pytest.mark.parametrize("pattern", ["**/bias", re.compile(".*bias")], ids=["glob", "regex"])
+def test_selectors_combine_with_patterns_on_either_side(pattern):
+    encoder, bias = fo.by_path("encoder"), fo.by_path(pattern)
+    assert encoder | pattern == encoder | bias
+    assert pattern | encoder == bias | encoder
+    assert encoder & pattern == encoder & bias
+    assert pattern & encoder == bias & encoder
+
+
+@pytest.mark.parametrize("other", [True, None, lambda path, leaf: True])
+def test_selectors_combine_with_nothing_but_selectors_and_patterns(other):
     for combine in (lambda a, b: a | b, lambda a, b: a & b):
         with pytest.raises(TypeError, match="unsupported operand"):
             combine(fo.by_path("encoder"), other)
@@ -1403,3 +1412,38 @@ def test_a_mask_that_is_changed_afterwards_selects_what_it_said():
     selector = fo.by_mask(mask)
     mask["a"] = False
     assert selector.paths({"a": 1.0, "b": 2.0}) == ["a"]
+
+
+@pytest.mark.parametrize("glob", ["layer_[0-11]", "layer_[12-23]", "layer_[0-23]", "layer_[8-11]", "a/[0-35]/b"])
+def test_a_class_that_was_meant_as_a_range_of_numbers_is_an_error(glob):
+    with pytest.raises(ValueError, match=r"a class matches one character.*write two globs"):
+        fo.by_path(glob)
+
+
+@pytest.mark.parametrize("glob", ["[0-9]", "[0-46-9]", "[12]", "[0-9a-f]", "[a-z0]", "[0-3_]", "[!0-9]"])
+def test_a_class_of_single_characters_is_none(glob):
+    assert isinstance(fo.by_path(glob), fo.Selector)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        (re.compile("encoder"), "A regex has to match the whole path"),
+        ("encoder/.*", "a regex as re.compile"),
+        ("{encoder,head}", "several patterns as a list"),
+        ("Encoder", "Upper and lower case differ"),
+    ],
+)
+def test_a_common_mistake_is_told_how_to_write_it(pattern, hint):
+    with pytest.raises(ValueError, match=hint):
+        fo.by_path(pattern).mask(PARAMS)
+
+
+def test_patterns_in_a_list_where_they_go_one_by_one_are_an_error_that_says_so():
+    with pytest.raises(TypeError, match=r"one by one, by_path\('a', 'b'\)"):
+        fo.freeze_by_path(["encoder", "head"])
+
+
+def test_a_predicate_that_asks_for_values_is_told_that_there_are_none():
+    with pytest.raises(TypeError, match=r"sees a leaf's shape and dtype, not its values.*by_mask"):
+        fo.by_predicate(lambda path, leaf: leaf.sum() > 0).mask({"a": jnp.ones(2)})

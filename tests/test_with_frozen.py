@@ -473,3 +473,32 @@ def test_updates_are_applied_under_explicit_sharding():
         after = fo.apply_updates(params, updates)
         fo.assert_frozen(params, after, "encoder")
         assert after["head"].sharding.spec == params["head"].sharding.spec
+
+
+def test_parameters_with_their_frozen_part_cut_off_go_with_the_same_state():
+    params = {"encoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "head": jnp.ones(2)}
+    tx = fo.with_frozen(optax.adamw(0.1), "encoder")
+    holed, pruned = (fo.partition(params, "encoder", prune=prune)[0] for prune in (False, True))
+    states = [tx.init(tree) for tree in (params, holed, pruned)]
+    assert len({jax.tree.structure(state) for state in states}) == 1
+    expected, _ = tx.update(params, states[0], params)
+    for tree in (holed, pruned):
+        for state in states:
+            updates, _ = fo.with_frozen(optax.adamw(0.1), "encoder").update(tree, state, tree)
+            fo.assert_trees_bit_identical(updates["head"], expected["head"])
+            tx.update(tree, state, tree)
+
+
+def test_a_leaf_to_be_trained_that_is_no_array_is_an_error_that_names_it():
+    with pytest.raises(TypeError, match=r"the trainable leaf 'act' is no array.*Freeze it"):
+        fo.with_frozen(optax.adam(0.1), "encoder").init({"act": jax.nn.relu, "encoder": jnp.ones(2)})
+    with pytest.raises(TypeError, match=r"the trainable leaf 'act' is no array"):
+        fo.summary({"act": jax.nn.relu, "encoder": jnp.ones(2)}, "encoder", optax.adam(0.1))
+
+
+def test_a_state_for_another_choice_of_leaves_says_to_make_a_new_one():
+    params = make_params()
+    for old, new in (("encoder", "head"), ("head", "encoder")):
+        state = fo.with_frozen(optax.adam(0.1), old).init(params)
+        with pytest.raises(ValueError, match=r"the optimizer state and a fresh one .*Make a new one: tx\.init"):
+            fo.with_frozen(optax.adam(0.1), new).update(params, state, params)
