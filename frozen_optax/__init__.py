@@ -6,7 +6,7 @@ from frozen_optax._partition import combine, partition
 from frozen_optax._report import summary
 from frozen_optax._restoring import restore
 from frozen_optax._selection import Selector, by_mask, by_path, by_predicate
-from frozen_optax._step import apply_updates
+from frozen_optax._step import apply_updates, grad, value_and_grad
 from frozen_optax._transforms import freeze, freeze_all, freeze_by_path
 
 __all__ = [
@@ -21,8 +21,10 @@ __all__ = [
     "freeze",
     "freeze_all",
     "freeze_by_path",
+    "grad",
     "partition",
     "restore",
     "summary",
+    "value_and_grad",
     "with_frozen",
 ]

@@ -30,6 +30,11 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def is_differentiable(leaf: Any) -> bool:
+    """Whether `leaf` is a float or complex number, or an array of them."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact) if is_array(leaf) else isinstance(leaf, (float, complex))
+
+
 def has_additive_identity(dtype: Any) -> bool:
     """Whether some number adds nothing: not to PRNG keys, `float0`, e8m0 (no zero), 6-bit floats (no addition)."""
     if dtype == jax.dtypes.float0 or str(dtype).startswith(("float8_e8m0", "float6")):

@@ -61,9 +61,7 @@ def _is_tangent(resolution: Resolution, params: list[Any], tree: Any) -> bool:
 
 
 def _zero_tangent(leaf: Any) -> Any:
-    if _bits.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return jnp.zeros_like(leaf)
-    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+    return jnp.zeros_like(leaf) if _bits.is_differentiable(leaf) else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
 
 
 class _OnTrainable:

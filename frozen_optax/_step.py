@@ -1,7 +1,9 @@
-"""The step itself: applying updates so that nothing that is not updated changes a bit."""
+"""The step itself: gradients of what is trained, and updates applied so that nothing else changes a bit."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen_optax import _bits
+from frozen_optax._selection import Selection, frozen_selector
 from frozen_optax._trees import PyTree, describe, paths_of, up_to
 
 
@@ -76,3 +79,111 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         except (TypeError, ValueError) as error:
             raise TypeError(f"cannot update the parameter at {paths_of(params)[i]!r}: {error}.") from error
     return jax.tree.unflatten(treedef, new)
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    frozen: Selection = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    *,
+    trainable: Selection = None,
+    holes: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    """`jax.value_and_grad` with respect to the trainable leaves alone.
+
+    Frozen leaves are not differentiated, while tracing and not by the compiler's grace, so they may be of any dtype:
+    integers, bools, PRNG keys need no `allow_int`. The gradient has the full structure. That of a frozen leaf is zero
+    in its shape and dtype, known to be zero while tracing: `with_frozen` and `apply_updates` do nothing for it.
+
+    Args:
+      fun: a function of the parameters and other arguments that returns a scalar, as `jax.value_and_grad` takes it.
+      frozen: what is frozen, as `freeze` takes it.
+      argnums: which positional arguments to differentiate; a pattern is relative to each of them.
+      has_aux: whether `fun` returns a pair of the scalar and auxiliary data.
+      holomorphic: whether `fun` is promised to be holomorphic.
+      trainable: what is not frozen, instead.
+      holes: leave a hole (`optax.MaskedNode`) for each frozen leaf instead of a zero. Zeros that leave a compiled
+        function, or are carried through a `scan`, become arrays that take memory; holes do not, and every function
+        here accepts them.
+
+    Returns:
+      A function of the arguments of `fun` that returns what `jax.value_and_grad(fun, ...)` does.
+
+    Raises:
+      TypeError, ValueError: as `freeze`. When called: `argnums` names an argument that is not given by position, or a
+        trainable leaf is no float or complex number; the message names it.
+
+    Example:
+      >>> import frozen_optax as fo, jax.numpy as jnp
+      >>> params = {"base": jnp.arange(3), "scale": jnp.array(2.0)}
+      >>> value, grads = fo.value_and_grad(lambda p: p["scale"] * p["base"].sum(), "base")(params)
+      >>> float(value), float(grads["scale"]), grads["base"].tolist()
+      (6.0, 3.0, [0, 0, 0])
+    """
+    selector = frozen_selector(frozen, trainable)
+    places = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fun)
+    def value_and_grad_of_trainable(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if any(not -len(args) <= place < len(args) for place in places):
+            raise TypeError(f"argnums is {argnums}, and {len(args)} arguments were given by position.")
+        at = [place % len(args) for place in places]
+        leaves = [jax.tree.leaves(args[place]) for place in at]
+        resolutions = [selector._resolve(args[place]) for place in at]
+
+        for resolution, each in zip(resolutions, leaves, strict=True):
+            for path, leaf in resolution.rest(zip(resolution.paths, each, strict=True)):
+                if not _bits.is_differentiable(leaf):
+                    found = describe(leaf)
+                    raise TypeError(f"cannot differentiate by the trainable leaf {path!r}, {found}. Freeze it.")
+
+        def of_trainable(*trained: Any) -> Any:
+            whole = list(args)
+            for place, resolution, frozen_leaves, part in zip(at, resolutions, leaves, trained, strict=True):
+                whole[place] = resolution.fill(frozen_leaves, jax.tree.leaves(part))
+            return fun(*whole, **kwargs)
+
+        parts = [resolution.cut(each) for resolution, each in zip(resolutions, leaves, strict=True)]
+        differentiate = jax.value_and_grad(of_trainable, tuple(range(len(at))), has_aux, holomorphic)
+        value, grads = differentiate(*parts)
+        if not holes:
+            columns = zip(resolutions, leaves, grads, strict=True)
+            grads = tuple(r.fill(map(_bits.known_zero, each), jax.tree.leaves(part)) for r, each, part in columns)
+        return value, grads[0] if isinstance(argnums, int) else grads
+
+    return value_and_grad_of_trainable
+
+
+def grad(
+    fun: Callable[..., Any],
+    frozen: Selection = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    *,
+    trainable: Selection = None,
+    holes: bool = False,
+) -> Callable[..., Any]:
+    """`jax.grad` with respect to the trainable leaves alone; all as `value_and_grad` has it.
+
+    Returns:
+      A function of the arguments of `fun` that returns the gradient, or with `has_aux` the gradient and the auxiliary
+      data.
+
+    Example:
+      >>> import frozen_optax as fo, jax.numpy as jnp
+      >>> params = {"base": jnp.arange(3), "scale": jnp.array(2.0)}
+      >>> grads = fo.grad(lambda p: p["scale"] * p["base"].sum(), trainable="scale", holes=True)(params)
+      >>> grads["base"], float(grads["scale"])
+      (MaskedNode(), 3.0)
+    """
+    both = value_and_grad(fun, frozen, argnums, has_aux, holomorphic, trainable=trainable, holes=holes)
+
+    @functools.wraps(fun)
+    def grad_of_trainable(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_of_trainable
