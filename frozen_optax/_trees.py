@@ -58,7 +58,7 @@ def paths_of(tree: PyTree) -> list[str]:
 
 def remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     """Keeps `value`, and the last few others."""
-    if len(cache) >= _MAX_REMEMBERED:
+    if key not in cache and len(cache) >= _MAX_REMEMBERED:
         cache.pop(next(iter(cache)), None)
     cache[key] = value
 
