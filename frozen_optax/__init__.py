@@ -6,7 +6,7 @@ from frozen_optax._partition import combine, partition
 from frozen_optax._report import summary
 from frozen_optax._restoring import restore
 from frozen_optax._selection import Selector, by_mask, by_path, by_predicate
-from frozen_optax._step import apply_updates, grad, value_and_grad
+from frozen_optax._step import apply_updates, grad, value_and_grad, value_and_grad_from_state
 from frozen_optax._transforms import freeze, freeze_all, freeze_by_path
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "restore",
     "summary",
     "value_and_grad",
+    "value_and_grad_from_state",
     "with_frozen",
 ]

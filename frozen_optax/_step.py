@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from frozen_optax import _bits
 from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, describe, paths_of, up_to
+from frozen_optax._trees import PyTree, Resolution, describe, paths_of, up_to
 
 
 def _sum(param: Any, update: Any) -> Any:
@@ -97,6 +98,13 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
+def _gradient(resolution: Resolution, params: list[Any], trained: list[Any], holes: bool) -> Any:
+    """The gradient of the whole tree from those of the trainable leaves."""
+    if holes:
+        return jax.tree.unflatten(resolution.holed, trained)
+    return resolution.fill(map(_bits.known_zero, params), trained)
+
+
 def value_and_grad(
     fun: Callable[..., Any],
     frozen: Selection = None,
@@ -164,9 +172,8 @@ def value_and_grad(
         parts = [resolution.cut(each) for resolution, each in zip(resolutions, leaves, strict=True)]
         differentiate = jax.value_and_grad(of_trainable, tuple(range(len(at))), has_aux, holomorphic)
         value, grads = differentiate(*parts)
-        if not holes:
-            columns = zip(resolutions, leaves, grads, strict=True)
-            grads = tuple(r.fill(map(_bits.known_zero, each), jax.tree.leaves(part)) for r, each, part in columns)
+        columns = zip(resolutions, leaves, map(jax.tree.leaves, grads), strict=True)
+        grads = tuple(_gradient(*column, holes) for column in columns)
         return value, grads[0] if isinstance(argnums, int) else grads
 
     return value_and_grad_of_trainable
@@ -203,3 +210,61 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return grad_of_trainable
+
+
+def value_and_grad_from_state(
+    fun: Callable[..., Any], frozen: Selection = None, *, trainable: Selection = None, holes: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """`optax.value_and_grad_from_state` for a line search inside `with_frozen`.
+
+    A line search that has stored the value and the gradient at the point it accepted saves computing them again.
+    Optax's own function raises there, as the stored gradient has holes and a computed one has none.
+
+    Args:
+      fun: a function of the parameters and other arguments that returns a scalar.
+      frozen: what is frozen, as `freeze` takes it.
+      trainable: what is not frozen, instead.
+      holes: as `value_and_grad` has it.
+
+    Returns:
+      A function `(params, *args, state, **kwargs)` that returns value and gradient: from `state` if it holds a finite
+      value, computed otherwise.
+
+    Raises:
+      TypeError, ValueError: as `freeze`. When called: `state` holds no value and gradient of the trainable leaves.
+
+    Example:
+      >>> import frozen_optax as fo, jax.numpy as jnp, optax
+      >>> loss = lambda p: jnp.sum((p["base"] * p["scale"] - 1.0) ** 2)
+      >>> tx = fo.with_frozen(optax.lbfgs(), "base")
+      >>> params = {"base": jnp.array([1.0, 2.0]), "scale": jnp.zeros(2)}
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     value, grads = fo.value_and_grad_from_state(loss, "base")(params, state=state)
+      ...     updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss)
+      ...     params = fo.apply_updates(params, updates)
+      >>> bool(loss(params) < 1e-3)
+      True
+    """
+    selector = frozen_selector(frozen, trainable)
+    computed = value_and_grad(fun, selector, holes=True)
+
+    @functools.wraps(fun)
+    def from_state(params: Any, *args: Any, state: Any, **kwargs: Any) -> tuple[Any, Any]:
+        resolution = selector._resolve(params)
+        value, grads = (optax.tree_utils.tree_get(state, name) for name in ("value", "grad"))
+        stored = jax.tree.leaves(grads)
+        if value is None or grads is None or len(stored) != resolution.holed.num_leaves:
+            raise ValueError(
+                f"the state holds no value, or no gradient of the {resolution.holed.num_leaves} trainable leaves. Use "
+                "a line search that stores them (store_grad=True) inside with_frozen, with the same leaves frozen."
+            )
+
+        def compute() -> tuple[Any, list[Any]]:
+            value, grads = computed(params, *args, **kwargs)
+            return value, jax.tree.leaves(grads)
+
+        value, trained = jax.lax.cond(jnp.isfinite(value), lambda: (value, stored), compute)
+        return value, _gradient(resolution, jax.tree.leaves(params), trained, holes)
+
+    return from_state

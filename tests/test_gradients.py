@@ -179,3 +179,72 @@ def test_mistakes_are_told(make):
         make(loss, "encoder", 2)(make_params(), X)
     with pytest.raises(TypeError, match=r"by the trainable leaf 'base/bool', a leaf bool\[3\]\. Freeze it"):
         make(odd_loss, "base/int*")(odd_params())
+
+
+# --- from the state of a line search
+
+LINE_SEARCHES = {
+    "lbfgs": optax.lbfgs,
+    "backtracking": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15, store_grad=True)),
+}
+
+
+def quadratic(params, target=1.0):
+    return jnp.sum((params["base"] * params["scale"] - target) ** 2) + 0 * params["steps"]
+
+
+def quadratic_params():
+    return {"base": jnp.array([1.0, 2.0, 3.0]), "scale": jnp.zeros(3), "steps": jnp.array(3)}
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("name", LINE_SEARCHES)
+def test_a_line_search_goes_the_same_way_from_its_state_as_with_all_computed_again(name, holes):
+    tx = fo.with_frozen(LINE_SEARCHES[name](), trainable="scale")
+    from_state = fo.value_and_grad_from_state(quadratic, trainable="scale", holes=holes)
+    fresh = fo.value_and_grad(quadratic, trainable="scale", holes=holes)
+
+    def train(value_and_grad):
+        @jax.jit
+        def step(params, state):
+            value, gradients = value_and_grad(params, state)
+            updates, state = tx.update(gradients, state, params, value=value, grad=gradients, value_fn=quadratic)
+            return fo.apply_updates(params, updates), state
+
+        params, state = quadratic_params(), tx.init(quadratic_params())
+        for _ in range(6):
+            params, state = step(params, state)
+        return params
+
+    after = train(lambda params, state: from_state(params, state=state))
+    expected = train(lambda params, state: fresh(params))
+    np.testing.assert_allclose(after["scale"], expected["scale"], rtol=1e-5)
+    assert quadratic(after) < 0.5 * quadratic(quadratic_params())
+    fo.assert_frozen(quadratic_params(), after, trainable="scale")
+
+
+def test_what_the_state_holds_is_not_computed_again():
+    tx = fo.with_frozen(optax.lbfgs(), trainable="scale")
+    params = quadratic_params()
+    state = tx.init(params)
+    value, gradients = fo.value_and_grad_from_state(quadratic, trainable="scale")(params, state=state)
+    assert value == quadratic(params), "computed, as a fresh state holds an infinite value"
+    _, state = tx.update(gradients, state, params, value=value, grad=gradients, value_fn=quadratic)
+    stored, stored_gradients = fo.value_and_grad_from_state(lambda params: 0 * quadratic(params), trainable="scale")(
+        params, state=state
+    )
+    assert stored == optax.tree_utils.tree_get(state, "value") != 0
+    fo.assert_trees_bit_identical(stored_gradients["scale"], optax.tree_utils.tree_get(state, "grad")["scale"])
+
+
+WITHOUT = {
+    "no line search": lambda: fo.with_frozen(optax.adam(0.1), trainable="scale"),
+    "other leaves frozen": lambda: fo.with_frozen(optax.lbfgs(), "steps"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_state_without_the_gradient_is_an_error_that_says_what_to_use(name):
+    params = quadratic_params()
+    with pytest.raises(ValueError, match=r"no gradient of the 1 trainable leaves.*store_grad=True"):
+        fo.value_and_grad_from_state(quadratic, trainable="scale")(params, state=WITHOUT[name]().init(params))
