@@ -1,10 +1,15 @@
-"""Globs over paths, read segment by segment."""
+"""Globs over paths, read segment by segment, and what one that matches nothing may have meant."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import re
+from collections.abc import Sequence
+from glob import escape
+
+_MAX_CANDIDATES = 5_000  # paths looked through for "did you mean"
 
 
 def _reads_as_numbers(body: str) -> bool:
@@ -121,3 +126,29 @@ class Glob:
             stay = {i for i in at if segments[i] == "**"}
             at = closed(stay | {i + 1 for i in at - stay if re.fullmatch(segments[i], key, re.DOTALL)})
         return bool(at)
+
+
+def nearest_paths(pattern: str, paths: Sequence[str], regex: re.Pattern[str] | None) -> str:
+    """Paths of leaves and modules that look like `pattern`, as the end of an error message."""
+    split = [path.split("/") for path in paths]
+    known: dict[str, None] = {}
+    for depth in range(1, max(map(len, split), default=0) + 1):  # what stands near the top comes first
+        known.update(dict.fromkeys("/".join(keys[:depth]) for keys in split if len(keys) >= depth))
+        if len(known) > _MAX_CANDIDATES:
+            break
+    below = [path for path in known if path.endswith("/" + pattern)]
+    close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or list(paths[:3])
+    hints = []
+    if regex is not None and any(map(regex.search, paths)):
+        hints.append("A regex has to match the whole path: begin or end it with '.*'.")
+    if regex is None and (".*" in pattern or any(char in pattern for char in "{},|")):
+        hints.append("A glob knows *, ?, [...] and **: give several patterns as a list, a regex as re.compile(...).")
+    if any(path.lower() == pattern.lower() for path in known):
+        hints.append("Upper and lower case differ.")
+    if pattern in known and escape(pattern) != pattern:
+        hints.append(f"To match the characters '*', '?' and '[' of a path write {escape(pattern)!r}.")
+    if below:
+        hints.append(f"A glob begins at the top: {pattern!r} stands at {below[0]!r}, write {'**/' + pattern!r}.")
+    if close:
+        hints.append("The nearest paths are " + ", ".join(map(repr, close)) + ".")
+    return " ".join(hints)

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import difflib
 import enum
 import functools
-import glob
 import inspect
 import re
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from frozen_optax._globs import Glob
+from frozen_optax._globs import Glob, nearest_paths
 from frozen_optax._trees import (
     Mismatch,
     PyTree,
@@ -41,8 +39,6 @@ from frozen_optax._trees import (
 
 # A Selector, a glob, a regex, a list or tuple of these, a predicate, a bool or a (prefix) pytree of bools.
 Selection: TypeAlias = Any
-
-_MAX_CANDIDATES = 5_000  # paths looked through for "did you mean"
 
 
 class _Reads(enum.IntEnum):
@@ -163,32 +159,6 @@ class Selector(abc.ABC):
         )
 
 
-def _nearest(pattern: str, view: View, regex: re.Pattern[str] | None) -> str:
-    """Paths of leaves and modules that look like `pattern`, as the end of an error message."""
-    split = [path.split("/") for path in view.paths]
-    known: dict[str, None] = {}
-    for depth in range(1, max(map(len, split), default=0) + 1):  # what stands near the top comes first
-        known.update(dict.fromkeys("/".join(keys[:depth]) for keys in split if len(keys) >= depth))
-        if len(known) > _MAX_CANDIDATES:
-            break
-    below = [path for path in known if path.endswith("/" + pattern)]
-    close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or list(view.paths[:3])
-    hints = []
-    if regex is not None and any(map(regex.search, view.paths)):
-        hints.append("A regex has to match the whole path: begin or end it with '.*'.")
-    if regex is None and (".*" in pattern or any(char in pattern for char in "{},|")):
-        hints.append("A glob knows *, ?, [...] and **: give several patterns as a list, a regex as re.compile(...).")
-    if any(path.lower() == pattern.lower() for path in known):
-        hints.append("Upper and lower case differ.")
-    if pattern in known and glob.escape(pattern) != pattern:
-        hints.append(f"To match the characters '*', '?' and '[' of a path write {glob.escape(pattern)!r}.")
-    if below:
-        hints.append(f"A glob begins at the top: {pattern!r} stands at {below[0]!r}, write {'**/' + pattern!r}.")
-    if close:
-        hints.append("The nearest paths are " + ", ".join(map(repr, close)) + ".")
-    return " ".join(hints)
-
-
 def _repr(pattern: str | re.Pattern[str]) -> str:
     """As `repr`, which cuts a regex off after 200 characters."""
     if isinstance(pattern, str):
@@ -214,7 +184,9 @@ class _Path(Selector):
                 pattern = matcher.glob if isinstance(matcher, Glob) else matcher
                 count = len(view.paths)
                 is_glob = isinstance(pattern, str)
-                nearest = _nearest(pattern if is_glob else pattern.pattern, view, None if is_glob else pattern)
+                nearest = nearest_paths(
+                    pattern if is_glob else pattern.pattern, view.paths, None if is_glob else pattern
+                )
                 message = f"by_path({_repr(pattern)}) selects nothing: it matches none of the {count} leaves."
                 raise ValueError(f"{message} {nearest}".rstrip())
             selected |= matches
