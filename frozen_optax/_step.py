@@ -20,34 +20,32 @@ def _sum(param: Any, update: Any) -> Any:
     return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
 
 
-def _exact_sum(param: Any, update: Any) -> Any:
+@jax.custom_jvp
+def _differentiable_sum(param: Any, update: Any) -> Any:
     param, update = jnp.asarray(param), jnp.asarray(update)
     is_zero = jnp.broadcast_to(jax.lax.eq(update, jax.lax.full_like(update, 0)), param.shape)
     return _bits.select_bits(is_zero, param, _sum(param, update))
 
 
-@jax.custom_jvp
-def _exact_sums(params: list[Any], updates: list[Any]) -> list[Any]:
-    """All at once, as each custom derivative costs time to trace."""
-    return list(map(_exact_sum, params, updates))
+@_differentiable_sum.defjvp
+def _jvp(primals: Any, tangents: Any) -> Any:
+    # It is a sum, to be differentiated as one: bits have no derivative.
+    return _differentiable_sum(*primals), jax.jvp(_sum, primals, tangents)[1]
 
 
-@_exact_sums.defjvp
-def _exact_sums_jvp(primals: Any, tangents: Any) -> Any:
-    # They are sums, to be differentiated as such: bits have no derivative.
-    return _exact_sums(*primals), jax.jvp(lambda *trees: list(map(_sum, *trees)), primals, tangents)[1]
+# Compiled, it is one dispatch for a leaf where nothing else is compiled, and is traced once for all leaves of a shape.
+_exact_sum = jax.jit(_differentiable_sum)
 
 
-def _is_nothing(param: Any, update: Any) -> bool:
-    """Whether `update` is known to leave `param` as it is; raises where it cannot be applied."""
+def _apply(param: Any, update: Any) -> Any:
     if _bits.is_known_zero(update):
-        return True
+        return param
     if not _bits.is_array(update) and not isinstance(update, (bool, int, float, complex)):
         raise TypeError(f"an update is an array, found {describe(update)}")
     shape = jnp.shape(param)
     if np.broadcast_shapes(shape, jnp.shape(update)) != shape:
         raise TypeError(f"an update of shape {jnp.shape(update)} for a parameter of shape {shape}")
-    return 0 in shape
+    return param if 0 in shape else _exact_sum(param, update)
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
@@ -76,26 +74,13 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
       [-0.0, 1.5]
     """
     leaves, treedef = jax.tree.flatten(params)
-    pieces = up_to(treedef, updates, "updates")
-
-    def for_each(function: Callable[[Any, Any], Any]) -> list[Any]:
-        results = []
-        for i, pair in enumerate(zip(leaves, pieces, strict=True)):
-            try:
-                results.append(function(*pair))
-            except (TypeError, ValueError) as error:
-                raise TypeError(f"cannot update the parameter at {paths_of(params)[i]!r}: {error}.") from error
-        return results
-
-    nothing = for_each(_is_nothing)
-    moving = [i for i, known in enumerate(nothing) if not known]
-    try:
-        sums = _exact_sums([leaves[i] for i in moving], [pieces[i] for i in moving])
-    except TypeError:  # the same, leaf by leaf, to name it
-        for_each(lambda param, update: _is_nothing(param, update) or _sum(param, update))
-        raise
-    new = dict(zip(moving, sums, strict=True))
-    return jax.tree.unflatten(treedef, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
+    new = []
+    for i, pair in enumerate(zip(leaves, up_to(treedef, updates, "updates"), strict=True)):
+        try:
+            new.append(_apply(*pair))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"cannot update the parameter at {paths_of(params)[i]!r}: {error}.") from error
+    return jax.tree.unflatten(treedef, new)
 
 
 def _gradient(resolution: Resolution, params: list[Any], trained: list[Any], holes: bool) -> Any:
