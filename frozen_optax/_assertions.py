@@ -26,12 +26,7 @@ from frozen_optax._trees import (
 _MAX_SHOWN = 10  # leaves described in one message
 
 
-def _kind(leaf: Any) -> str:
-    """All of a leaf but its values: what it is, its shape and dtype."""
-    return describe(leaf)
-
-
-def _kind_and_weak_type(leaf: Any) -> str:
+def _describe_with_weak_type(leaf: Any) -> str:
     return describe(leaf) + (", weakly typed" if getattr(leaf, "weak_type", False) else "")
 
 
@@ -84,7 +79,14 @@ def _assert_bits(rows: Sequence[tuple[str, Any, Any]], claim: str, kind: Callabl
             raise AssertionError("\n".join([f"{len(faults)} of {len(rows)} {claim}:", *lines, *more]))
 
     def bits(rows: Sequence[tuple[str, Any, Any]], side: int) -> dict[str, Any]:
-        return {f"{i}: {row[0]}": _as_bits(row[side]) for i, row in enumerate(rows) if _has_bits(row[1])}
+        found = {}
+        for i, row in enumerate(rows):
+            if _has_bits(row[1]):
+                try:
+                    found[f"{i}: {row[0]}"] = _as_bits(row[side])
+                except TypeError as error:
+                    raise TypeError(f"cannot compare {row[0]!r}: {error}. Compare it outside of one.") from error
+        return found
 
     report(lambda left, right: f"{kind(left)} became {kind(right)}" if kind(left) != kind(right) else None, rows)
     known = [row for row in rows if not (is_traced(row[1]) or is_traced(row[2]))]
@@ -135,12 +137,12 @@ def assert_trees_bit_identical(*trees: PyTree) -> None:
                 raise AssertionError(str(error)) from None
             raise
         rows = list(zip(paths, jax.tree.leaves(trees[0]), jax.tree.leaves(tree), strict=True))
-        _assert_bits(rows, "leaves differ in their bits", _kind_and_weak_type)
+        _assert_bits(rows, "leaves differ in their bits", _describe_with_weak_type)
 
 
 def _moved(left: Any, right: Any) -> Any:
     """Whether a leaf has other bits than before, as a bool or a traced bool."""
-    if _kind(left) != _kind(right):
+    if describe(left) != describe(right):
         return True
     if is_traced(left) or is_traced(right):
         return jnp.any(jnp.asarray(_as_bits(left) != _as_bits(right)))
@@ -182,7 +184,7 @@ def assert_frozen(
     refuse_live(before, after)
     after_leaves = resolution.up_to(after, "the tree after")
     rows = list(zip(resolution.paths, jax.tree.leaves(before), after_leaves, strict=True))
-    _assert_bits(list(itertools.compress(rows, resolution.selected)), "frozen leaves did not keep their bits", _kind)
+    _assert_bits(list(itertools.compress(rows, resolution.selected)), "frozen leaves did not keep their bits", describe)
     trained = resolution.rest(rows)
     if not (expect_movement and trained):
         return

@@ -30,6 +30,13 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def width(dtype: Any) -> int:
+    """The bits of an element: less than a byte for the narrow integers and floats."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
+
+
 def is_differentiable(leaf: Any) -> bool:
     """Whether `leaf` is a float or complex number, or an array of them."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact) if is_array(leaf) else isinstance(leaf, (float, complex))
@@ -79,8 +86,8 @@ def select_bits(condition: Any, left: Any, right: Any) -> Any:
             select_bits(condition, jax.lax.real(left), jax.lax.real(right)),
             select_bits(condition, jax.lax.imag(left), jax.lax.imag(right)),
         )
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 8:  # below, there are no NaNs to lose
-        unsigned = _UNSIGNED[jnp.finfo(dtype).bits]
+    if jnp.issubdtype(dtype, jnp.floating) and width(dtype) >= 8:  # below, there are no NaNs to lose
+        unsigned = _UNSIGNED[width(dtype)]
         left, right = (jax.lax.bitcast_convert_type(x, unsigned) for x in (left, right))
         return jax.lax.bitcast_convert_type(select_bits(condition, left, right), dtype)
     everywhere = jax.lax.eq(right, right)  # sharded as `right` is, which `condition` need not be
@@ -101,12 +108,13 @@ def bits(leaf: Any) -> Any:
             return jnp.stack([bits(jnp.real(leaf)), bits(jnp.imag(leaf))], axis=-1)
         if leaf.dtype == np.bool_:
             return leaf.astype("uint8")
-        info = jnp.finfo if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo
-        width = info(leaf.dtype).bits
-        if width < 8 and not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf.astype("int8").astype("uint8") & (2**width - 1)
-        raw = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[width])
-        return raw.astype("uint8") if width < 8 else raw
+        narrow = width(leaf.dtype)
+        if narrow < 8 and jnp.issubdtype(leaf.dtype, jnp.integer):
+            return leaf.astype("int8").astype("uint8") & (2**narrow - 1)
+        if narrow not in _UNSIGNED:
+            raise TypeError(f"a compiled function cannot read the bits of {leaf.dtype}")
+        raw = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[narrow])
+        return raw.astype("uint8") if narrow < 8 else raw
     host = np.asarray(leaf)
     if np.iscomplexobj(host):
         return np.stack([bits(host.real), bits(host.imag)], axis=-1)
@@ -114,10 +122,8 @@ def bits(leaf: Any) -> Any:
     if host.dtype.itemsize not in (1, 2, 4, 8) or not host.dtype.isnative or host.dtype.names:
         return np.frombuffer(host.tobytes(), np.uint8).reshape(*host.shape, host.dtype.itemsize)
     raw = host.view(f"uint{8 * host.dtype.itemsize}")
-    if host.dtype != np.bool_ and raw.dtype == np.uint8:  # int4 and its like take a byte each on the host
-        info = jnp.finfo if jnp.issubdtype(host.dtype, jnp.floating) else jnp.iinfo
-        raw = raw & np.uint8(2 ** info(host.dtype).bits - 1)
-    return raw
+    narrow = width(host.dtype)  # int4 and its like take a byte each on the host
+    return raw & np.uint8(2**narrow - 1) if narrow < 8 else raw
 
 
 def refuse_untrainable(frozen: Resolution, leaves: Iterable[Any]) -> None:

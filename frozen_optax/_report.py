@@ -248,10 +248,7 @@ def _bytes(spec: Any) -> int:
     """What an array takes, elements of less than a byte packed; nothing for what is no array."""
     if not _bits.is_array(spec):
         return 0
-    bits = 8 * spec.dtype.itemsize
-    if jnp.issubdtype(spec.dtype, jnp.floating) or jnp.issubdtype(spec.dtype, jnp.integer):
-        bits = (jnp.finfo if jnp.issubdtype(spec.dtype, jnp.floating) else jnp.iinfo)(spec.dtype).bits
-    return -(-math.prod(spec.shape) * bits // 8)
+    return -(-math.prod(spec.shape) * _bits.width(spec.dtype) // 8)
 
 
 class _Leaf(NamedTuple):

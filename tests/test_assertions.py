@@ -237,12 +237,13 @@ def test_constants_that_differ_beside_traced_leaves_fail_under_chexify(left, rig
         (np.array([1, 0, 2], np.int16)[::2], np.array([1, 0, 3], np.int16)[::2]),
         (np.zeros(2, "i4,f8"), np.ones(2, "i4,f8")),
         (np.array(["a"], "S3"), np.array(["b"], "S3")),
+        (np.array(["a"], "S1"), np.array(["b"], "S1")),
         (np.array([None, 1]), np.array([None, 2])),
         (2**80, 2**81),
         (np.ones((2, 0)), np.ones((0, 2))),
         (np.zeros((), jax.dtypes.float0), np.zeros((), np.float32)),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_leaves_of_odd_types_are_compared(left, right):
     fo.assert_trees_bit_identical({"w": left}, {"w": left})
@@ -255,3 +256,16 @@ def test_a_weak_type_that_is_lost_is_a_difference_of_trees_and_no_movement():
     fo.assert_frozen(weak, strong, "**")
     with pytest.raises(AssertionError, match="no trainable leaf moved"):
         fo.assert_frozen(weak, strong, "a")
+
+
+SUB_BYTE = ("float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "int2", "int4", "uint4")
+
+
+@pytest.mark.parametrize("name", [name for name in SUB_BYTE if hasattr(jnp, name)])
+def test_leaves_of_less_than_a_byte_are_compared_or_refused_by_path_under_chexify(name):
+    one, other = (jnp.asarray(np.array([0, i], np.int8).view(getattr(ml_dtypes, name))) for i in (0, 1))
+    differ({"w": one}, {"w": other}, "w: 1 of 2 elements differ")
+    unreadable = name.startswith("float6")
+    error, message = (TypeError, "cannot compare 'w'") if unreadable else (AssertionError, "differ in their bits")
+    with pytest.raises(error, match=message):
+        checked(fo.assert_trees_bit_identical, {"w": one}, {"w": other})
