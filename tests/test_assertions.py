@@ -269,3 +269,9 @@ def test_leaves_of_less_than_a_byte_are_compared_or_refused_by_path_under_chexif
     error, message = (TypeError, "cannot compare 'w'") if unreadable else (AssertionError, "differ in their bits")
     with pytest.raises(error, match=message):
         checked(fo.assert_trees_bit_identical, {"w": one}, {"w": other})
+
+
+def test_what_the_host_keeps_beside_a_leaf_of_less_than_a_byte_is_no_part_of_it():
+    clean, padded = (np.array([word], np.uint8).view(ml_dtypes.int4) for word in (0x0D, 0x1D))
+    assert clean == padded
+    fo.assert_trees_bit_identical({"w": clean}, {"w": padded})
