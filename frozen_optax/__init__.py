@@ -1,6 +1,7 @@
 """Exact freezing for JAX and Optax: frozen leaves keep their bits, with any optimizer."""
 
 from frozen_optax._assertions import assert_frozen, assert_trees_bit_identical
+from frozen_optax._jit import jit
 from frozen_optax._optimizer import with_frozen
 from frozen_optax._partition import combine, partition
 from frozen_optax._report import summary
@@ -22,6 +23,7 @@ __all__ = [
     "freeze_all",
     "freeze_by_path",
     "grad",
+    "jit",
     "partition",
     "restore",
     "summary",

@@ -7,6 +7,7 @@ width, or does nothing at all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +55,12 @@ def negative_zero(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact) and not jnp.dtype(dtype).name.endswith("fnuz")
 
 
+@functools.lru_cache(maxsize=256)
+def _broadcast_zero(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    zero = np.zeros((), dtype if has_additive_identity(dtype) else jax.dtypes.float0)
+    return np.broadcast_to(np.negative(zero) if negative_zero(zero.dtype) else zero, shape)
+
+
 def known_zero(leaf: Any) -> Any:
     """The update that leaves `leaf` as it is, with its shape and dtype, known to be zero while tracing.
 
@@ -63,8 +70,7 @@ def known_zero(leaf: Any) -> Any:
     """
     if not is_array(leaf):
         return optax.MaskedNode()
-    zero = np.zeros((), leaf.dtype if has_additive_identity(leaf.dtype) else jax.dtypes.float0)
-    return np.broadcast_to(np.negative(zero) if negative_zero(zero.dtype) else zero, leaf.shape)
+    return _broadcast_zero(leaf.shape, leaf.dtype)  # it cannot be written to, so all leaves of a shape share it
 
 
 def is_known_zero(update: Any) -> bool:

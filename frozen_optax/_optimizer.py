@@ -223,9 +223,8 @@ def with_frozen(
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         resolution = resolve_update(selector, updates, _one(params))
         gradients = resolution.up_to(updates, "updates")
-        for path, is_frozen, gradient in zip(resolution.paths, resolution.selected, gradients, strict=True):
-            nothing = gradient is None or is_hole(gradient) or getattr(gradient, "dtype", None) == jax.dtypes.float0
-            if nothing and not is_frozen:
+        for path, gradient in zip(resolution.complement.chosen, resolution.rest(gradients), strict=True):
+            if gradient is None or is_hole(gradient) or getattr(gradient, "dtype", None) == jax.dtypes.float0:
                 raise ValueError(
                     f"the trainable leaf {path!r} has no gradient, found {describe(gradient)}. Differentiate with "
                     "respect to it, or freeze it."

@@ -87,7 +87,9 @@ class Selector(abc.ABC):
 
     def _resolve(self, tree: PyTree) -> Resolution:
         """The selection for `tree`, from memory when a tree of the same structure was seen before."""
-        leaves, treedef = jax.tree.flatten(tree)
+        return self._resolve_flat(tree, *jax.tree.flatten(tree))
+
+    def _resolve_flat(self, tree: PyTree, leaves: list[Any], treedef: Any) -> Resolution:
         key = (treedef, tuple(map(spec, leaves)) if self._reads is _Reads.SHAPES else None)
         remembers = self._reads is not _Reads.VALUES
         try:
@@ -134,8 +136,7 @@ class Selector(abc.ABC):
 
     def paths(self, tree: PyTree) -> list[str]:
         """The paths of the selected leaves, in the tree's order."""
-        resolution = self._resolve(tree)
-        return [path for path, chosen in zip(resolution.paths, resolution.selected, strict=True) if chosen]
+        return list(self._resolve(tree).chosen)
 
     def __or__(self, other: Selector | str | re.Pattern[str]) -> Selector:
         return _Any((self, as_selector(other))) if isinstance(other, _OPERANDS) else NotImplemented
@@ -308,8 +309,10 @@ class _Not(Selector):
     def _select(self, view: View) -> np.ndarray:
         return ~self.part._select(view)
 
-    def _resolve(self, tree: PyTree) -> Resolution:
-        return self.part._resolve(tree).complement  # remembered there: `trainable=` makes a new negation at each use
+    def _resolve_flat(self, tree: PyTree, leaves: list[Any], treedef: Any) -> Resolution:
+        return self.part._resolve_flat(
+            tree, leaves, treedef
+        ).complement  # remembered there: `trainable=` makes a new negation at each use
 
     def __invert__(self) -> Selector:
         return self.part

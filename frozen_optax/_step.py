@@ -151,13 +151,13 @@ def value_and_grad(
         def of_trainable(*trained: Any) -> Any:
             whole = list(args)
             for place, resolution, frozen_leaves, part in zip(at, resolutions, leaves, trained, strict=True):
-                whole[place] = resolution.fill(frozen_leaves, jax.tree.leaves(part))
+                whole[place] = resolution.fill(frozen_leaves, part)
             return fun(*whole, **kwargs)
 
-        parts = [resolution.cut(each) for resolution, each in zip(resolutions, leaves, strict=True)]
+        parts = [resolution.rest(each) for resolution, each in zip(resolutions, leaves, strict=True)]
         differentiate = jax.value_and_grad(of_trainable, tuple(range(len(at))), has_aux, holomorphic)
         value, grads = differentiate(*parts)
-        columns = zip(resolutions, leaves, map(jax.tree.leaves, grads), strict=True)
+        columns = zip(resolutions, leaves, grads, strict=True)
         grads = tuple(_gradient(*column, holes) for column in columns)
         return value, grads[0] if isinstance(argnums, int) else grads
 

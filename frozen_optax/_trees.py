@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
@@ -78,19 +79,17 @@ class View:
 
     tree: PyTree
     paths: tuple[str, ...]
-    specs: tuple[Any, ...]
     holes: tuple[str, ...]
 
     @classmethod
     def of(cls, tree: PyTree) -> View:
-        flat = [(keystr(path), node) for path, node in flatten_with_holes(tree)]
-        leaves = [(path, node) for path, node in flat if not is_hole(node)]
-        return cls(
-            tree,
-            tuple(path for path, _ in leaves),
-            tuple(spec(leaf) for _, leaf in leaves),
-            tuple(path for path, node in flat if is_hole(node)),
-        )
+        flat = [(keystr(path), is_hole(node)) for path, node in flatten_with_holes(tree)]
+        return cls(tree, *(tuple(path for path, hole in flat if hole is wanted) for wanted in (False, True)))
+
+    @functools.cached_property
+    def specs(self) -> tuple[Any, ...]:
+        """Shapes and dtypes, leaf by leaf."""
+        return tuple(map(spec, jax.tree.leaves(self.tree)))
 
 
 def refuse_live(before: PyTree, after: PyTree) -> None:
@@ -207,6 +206,11 @@ class Resolution:
     def complement(self) -> Resolution:
         """The answer of the negated selector."""
         return Resolution(self.treedef, self.paths, tuple(not chosen for chosen in self.selected))
+
+    @functools.cached_property
+    def chosen(self) -> tuple[str, ...]:
+        """The paths of the selected leaves."""
+        return tuple(itertools.compress(self.paths, self.selected))
 
     def unflatten(self, leaves: Any) -> PyTree:
         """A tree of the resolved structure."""

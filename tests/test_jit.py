@@ -1,0 +1,632 @@
+"""`jit`: frozen leaves go in and never come out, and all else is as `jax.jit` has it."""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx, struct
+from flax.training.train_state import TrainState
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import frozen_optax as fo
+
+
+def make_params():
+    return {"encoder": {"b": jnp.array([-0.0, 1e-45]), "w": jnp.ones((2, 2))}, "head": {"w": jnp.ones((2, 2))}}
+
+
+def add(tree: Any, number: Any = 1) -> Any:
+    return jax.tree.map(lambda leaf: leaf + number, tree)
+
+
+def same(before: Any, after: Any) -> bool:
+    return all(x is y for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+
+
+# --- what comes back
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        jnp.array([-0.0, 1e-45, jnp.nan]),
+        jnp.arange(3),
+        jnp.array([True, False]),
+        jax.random.key(0),
+        jnp.ones(3, jnp.float8_e4m3fn),
+        jnp.ones(3, jnp.int4),
+        jnp.zeros((0, 3)),
+        np.array([1.0, 1e-300]),
+        np.arange(3),
+        np.float64(0.1),
+        0.1,
+        True,
+        2**24 + 1,
+    ],
+    ids=lambda leaf: f"{type(leaf).__name__}-{getattr(leaf, 'dtype', '')}",
+)
+def test_a_frozen_leaf_of_any_kind_comes_back_as_the_same_object(leaf):
+    step = fo.jit(lambda params, x: ({"base": params["base"], "scale": params["scale"] * x}, x), frozen="base")
+    (new, _), params = step({"base": leaf, "scale": jnp.ones(2)}, 2.0), {"base": leaf}
+    assert new["base"] is params["base"]
+    assert new["scale"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("damage", [jnp.zeros_like, lambda x: x + jnp.nan, lambda x: x[:0], lambda x: x.astype("bool")])
+def test_what_the_step_computes_for_a_frozen_leaf_is_discarded(damage):
+    step = fo.jit(lambda params: {**add(params), "encoder": jax.tree.map(damage, params["encoder"])}, frozen="encoder")
+    params = make_params()
+    new = step(params)
+    assert same(params["encoder"], new["encoder"])
+    assert new["head"]["w"][0, 0] == 2
+
+
+def test_trained_leaves_and_all_else_are_what_jax_jit_returns():
+    tx = fo.with_frozen(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)), "encoder")
+    loss = lambda params, x: jnp.sum((x @ params["encoder"]["w"] @ params["head"]["w"]) ** 2)
+
+    def step(params, state, x):
+        value, grads = fo.value_and_grad(loss, "encoder")(params, x)
+        updates, state = tx.update(grads, state, params)
+        return fo.apply_updates(params, updates), state, {"loss": value, "list": [value, None, "x"][:2]}
+
+    ours, theirs = fo.jit(step, frozen="encoder"), jax.jit(step)
+    first = second = (make_params(), tx.init(make_params()))
+    for i in range(3):
+        *first, a = ours(*first, jnp.ones((1, 2)) * i)
+        *second, b = theirs(*second, jnp.ones((1, 2)) * i)
+    fo.assert_trees_bit_identical((first, a), (second, b))
+
+
+def test_only_what_is_not_frozen_goes_out_of_the_program():
+    traced = fo.jit(lambda params: (add(params), jnp.zeros(())), frozen="encoder").trace(make_params())
+    assert [str(aval) for aval in traced.jaxpr.out_avals] == ["float32[2,2]", "float32[]"]
+    compiled = traced.lower().compile()
+    assert compiled.memory_analysis().output_size_in_bytes < 40  # head/w and a number
+
+
+@pytest.mark.parametrize("frozen", [False, "**"])
+def test_nothing_or_everything_may_be_frozen(frozen):
+    params = make_params()
+    new = fo.jit(add, frozen=frozen)(params)
+    assert same(params, new) is (frozen == "**")
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    if not frozen:
+        fo.assert_trees_bit_identical(new, jax.jit(add)(params))
+
+
+def test_a_lone_array_is_a_tree_of_parameters():
+    w = jnp.ones(2)
+    new, loss = fo.jit(lambda w, x: (w * x, x), frozen="**")(w, 2.0)
+    assert new is w
+    assert loss == 2
+    assert fo.jit(lambda w: w * 2, frozen=False)(w).tolist() == [2, 2]
+
+
+def test_holes_and_none_in_the_parameters_stay_what_they_are():
+    params = {"a": None, "b": optax.MaskedNode(), "c": {}, "d": jnp.ones(1), "e": jnp.ones(1)}
+    new = fo.jit(add, frozen="d")(params)
+    assert new["d"] is params["d"]
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert new["e"] == 2
+
+
+class Result(NamedTuple):
+    params: Any
+    loss: Any
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda new: new,
+        lambda new: (new,),
+        lambda new: (new, jnp.zeros(())),
+        lambda new: [new, new],
+        lambda new: (new, (new, 1)),
+        lambda new: Result(new, 0),
+    ],
+)
+def test_the_successor_is_found_alone_or_first(pack):
+    params = make_params()
+    result = fo.jit(lambda params: pack(add(params)), frozen="encoder")(params)
+    expected = jax.jit(lambda params: pack(add(params)))(params)
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    new = result if isinstance(result, dict) else result[0]
+    assert same(params["encoder"], new["encoder"])
+    assert new["head"]["w"][0, 0] == 2
+
+
+def test_parameters_in_a_tuple_are_no_result_of_two():
+    params = (jnp.ones(1), (jnp.ones(1), jnp.ones(1)))
+    for pack in (lambda new: new, lambda new: (new, 3.0)):
+        result = fo.jit(lambda params, pack=pack: pack(add(params)), frozen=["0", "1/0"])(params)
+        new = result if len(jax.tree.leaves(result)) == 3 else result[0]
+        assert new[0] is params[0]
+        assert new[1][0] is params[1][0]
+        assert new[1][1] == 2
+
+
+# --- where
+
+
+@struct.dataclass
+class State:
+    params: Any
+    batch_stats: Any
+    step: Any
+
+
+def make_state() -> State:
+    norm = {"norm": {"mean": jnp.zeros(2)}}
+    return State(make_params(), {"encoder": norm, "head": {"norm": {"mean": jnp.zeros(2)}}}, jnp.array(0))
+
+
+def test_where_names_the_parameters_in_a_state_and_nothing_else_is_frozen():
+    state = make_state()
+    new = fo.jit(add, frozen="encoder", where=lambda state: state.params)(state)
+    assert same(state.params["encoder"], new.params["encoder"])
+    assert [float(jax.tree.leaves(x)[0].max()) for x in (new.params["head"], new.batch_stats, new.step)] == [2, 1, 1]
+
+
+def test_trainable_speaks_of_the_named_places_alone():
+    state = make_state()
+    new = fo.jit(add, trainable="head", where=lambda state: state.params)(state)
+    assert same(state.params["encoder"], new.params["encoder"])
+    assert [float(jax.tree.leaves(x)[0].max()) for x in (new.params["head"], new.batch_stats, new.step)] == [2, 1, 1]
+
+
+def test_several_places_may_be_named_and_a_pattern_has_to_fit_one_of_them():
+    state = make_state()
+    step = fo.jit(
+        lambda state: (add(state), 1),
+        frozen=["encoder", "**/norm"],
+        where=lambda state: (state.params, state.batch_stats),
+    )
+    new, _ = step(state)
+    assert same(state.params["encoder"], new.params["encoder"])
+    assert same(state.batch_stats, new.batch_stats)
+    assert new.params["head"]["w"][0, 0] == 2
+
+
+def test_a_pattern_that_fits_no_place_is_an_error_with_the_paths_of_all():
+    step = fo.jit(add, frozen="**/nrom", where=lambda state: (state.params, state.batch_stats))
+    with pytest.raises(ValueError, match=r"'\*\*/nrom'.*none of the 5 leaves.*norm"):
+        step(make_state())
+
+
+def test_a_mask_has_the_structure_of_what_where_returns():
+    state = make_state()
+    both = lambda state: (state.params, state.batch_stats)
+    new = fo.jit(add, frozen=({"encoder": True, "head": False}, True), where=both)(state)
+    assert same((state.params["encoder"], state.batch_stats), (new.params["encoder"], new.batch_stats))
+    assert new.params["head"]["w"][0, 0] == 2
+    new = fo.jit(add, frozen=lambda path, leaf: leaf.ndim == 1, where=both)(state)
+    assert new.params["encoder"]["b"] is state.params["encoder"]["b"]
+    assert new.params["encoder"]["w"] is not state.params["encoder"]["w"]
+
+
+def test_a_tuple_that_is_part_of_the_state_is_one_place():
+    state = {"params": (jnp.ones(1), jnp.ones(1)), "n": jnp.ones(1)}
+    new = fo.jit(add, frozen="0", where=lambda state: state["params"])(state)
+    assert new["params"][0] is state["params"][0]
+    assert new["params"][1] == 2
+    assert new["n"] == 2
+
+
+def test_where_finds_the_parameters_in_a_tuple_alone_or_first():
+    state = ({"a": jnp.ones(1), "b": jnp.ones(1)}, jnp.zeros(1))
+    for pack in (lambda new: new, lambda new: (new, 1.0)):
+        step = fo.jit(lambda state, pack=pack: pack(add(state)), frozen="a", where=lambda state: state[0])
+        result = step(state)
+        new = result if isinstance(result[0], dict) else result[0]
+        assert new[0]["a"] is state[0]["a"]
+        assert new[0]["b"] == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        (lambda state: 3, "a leaf of type int at 'the root'"),
+        (lambda state: (state.params, 1.0), "a leaf of type float at '1'"),
+        (lambda state: {"a": jnp.ones(2)}, r"a leaf float32\[2\] at 'a'"),
+    ],
+)
+def test_where_has_to_return_parts_of_the_state(where, found):
+    with pytest.raises(TypeError, match=f"where= has to return parts of the state, found {found}"):
+        fo.jit(add, frozen="**", where=where)(make_state())
+
+
+def test_train_state_of_flax():
+    tx = fo.with_frozen(optax.adam(0.1), "encoder")
+    state = TrainState.create(apply_fn=lambda variables, x: x, params=make_params(), tx=tx)
+
+    @fo.jit(frozen="encoder", where=lambda state: state.params, donate_argnames="state")
+    def step(state, x):
+        loss = lambda params: jnp.sum(x @ params["encoder"]["w"] @ params["head"]["w"])
+        return state.apply_gradients(grads=fo.grad(loss, "encoder")(state.params))
+
+    new = step(step(state, jnp.ones((1, 2))), jnp.ones((1, 2)))
+    assert same(state.params["encoder"], new.params["encoder"])
+    assert new.step == 2
+    assert state.params["head"]["w"].is_deleted()
+
+
+def test_state_of_nnx_and_modules_of_equinox():
+    state = nnx.state(nnx.Sequential(*(nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(2))))
+    new = fo.jit(add, frozen="layers/0")(state)
+    assert same(state["layers"][0], new["layers"][0])
+    assert not same(state["layers"][1], new["layers"][1])
+    model = eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0), activation=jnp.tanh)
+    arrays, static = eqx.partition(model, eqx.is_array)
+    new = fo.jit(lambda arrays: jax.tree.map(lambda x: x + 1, arrays), frozen="layers/0")(arrays)
+    assert new.layers[0].weight is model.layers[0].weight
+    assert eqx.combine(new, static)(jnp.ones(2)).shape == (2,)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda params: params["head"], "differ in structure at 'the root'.*found a dict of 1"),
+        (lambda params: ({"encoder": params["encoder"]}, 1), "differ in structure at 'the root'.*found a dict of 1"),
+        (lambda params: {**params, "encoder": {"w": 1}}, "differ in structure at 'encoder'"),
+        (lambda params: {**params, "head": {"w": [1, 2]}}, "differ in structure at 'head/w'"),
+        (lambda params: (1.0, params), "differ in structure"),
+        (lambda params: None, "differ in structure"),
+        (lambda params: (), "differ in structure"),
+    ],
+)
+def test_another_structure_is_an_error_that_says_so(result, message):
+    with pytest.raises(ValueError, match=f"(?s)returns the successor of its first argument.*{message}"):
+        fo.jit(result, frozen="encoder")(make_params())
+
+
+def test_a_state_in_which_where_finds_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"returns the successor.*differ in structure"):
+        fo.jit(lambda state: state.params, frozen="encoder", where=lambda state: state.params)(make_state())
+
+
+def test_a_pattern_that_selects_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"by_path\('encodr'\) selects nothing.*encoder"):
+        fo.jit(add, frozen="encodr")(make_params())
+
+
+def test_what_is_frozen_has_to_be_said():
+    with pytest.raises(TypeError, match="exactly one of the two: neither"):
+        fo.jit(add)
+    with pytest.raises(TypeError, match="exactly one of the two: both"):
+        fo.jit(add, frozen="a", trainable="b")
+
+
+def test_an_unknown_option_and_a_missing_argument_are_type_errors():
+    with pytest.raises(TypeError, match="donut"):
+        fo.jit(add, frozen="encoder", donut=0)
+    with pytest.raises(TypeError, match="add takes the parameters as its first argument"):
+        fo.jit(add, frozen="encoder")()
+
+
+@pytest.mark.parametrize("option", [{"static_argnums": 0}, {"static_argnums": -2}, {"static_argnames": ("params",)}])
+def test_the_first_argument_cannot_be_static(option):
+    with pytest.raises(ValueError, match="the first argument holds the parameters, so it cannot be static"):
+        fo.jit(lambda params, x: params, frozen="encoder", **option)
+
+
+def test_a_leaf_that_jax_cannot_take_is_named():
+    with pytest.raises(TypeError, match="encoder/f"):
+        fo.jit(lambda params: params, frozen="encoder")({"encoder": {"f": jnp.sum}, "head": 1.0})
+
+
+def test_what_the_step_raises_comes_through():
+    def step(params):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fo.jit(step, frozen="encoder")(make_params())
+
+
+# --- jax's options count in the step's own signature
+
+
+@pytest.mark.parametrize(
+    "option", [{"static_argnums": 1}, {"static_argnums": (1,)}, {"static_argnums": -2}, {"static_argnames": "power"}]
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_static_arguments(option, by_name):
+    def step(params, power, x):
+        assert isinstance(power, int)
+        return jax.tree.map(lambda leaf: (leaf + x) ** power, params)
+
+    jitted = fo.jit(step, frozen="encoder", **option)
+    new = jitted(make_params(), x=1.0, power=2) if by_name else jitted(make_params(), 2, 1.0)
+    assert new["head"]["w"][0, 0] == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "donated"),
+    [
+        ({}, ""),
+        ({"donate_argnums": 0}, "p"),
+        ({"donate_argnums": (0, 1)}, "ps"),
+        ({"donate_argnums": (1,)}, "s"),
+        ({"donate_argnums": -2}, "s"),
+        ({"donate_argnums": -3}, "p"),
+        ({"donate_argnames": "params"}, "p"),
+        ({"donate_argnames": ("params", "state")}, "ps"),
+    ],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_donation_takes_what_is_trained_and_never_a_frozen_leaf(option, donated, by_name):
+    def step(params, state, x):
+        return add(params, x), add(state, x)
+
+    jitted = fo.jit(step, frozen="encoder", **option)
+    params, state = make_params(), {"mu": jnp.ones((3, 3))}
+    new, _ = jitted(params=params, state=state, x=1.0) if by_name else jitted(params, state, 1.0)
+    assert params["head"]["w"].is_deleted() == ("p" in donated)
+    assert state["mu"].is_deleted() == ("s" in donated)
+    assert same(params["encoder"], new["encoder"])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_arguments_by_keyword_only_and_in_a_row():
+    @fo.jit(frozen="encoder", donate_argnames="scale", static_argnames="power")
+    def step(params, *rest, scale, power=1, **more):
+        return add(params, scale * power + sum(rest) + sum(more.values())), scale
+
+    scale = jnp.array(3.0)
+    assert step(make_params(), 1.0, 2.0, scale=scale, power=2, a=1.0)[0]["head"]["w"][0, 0] == 11
+    assert scale.is_deleted()
+
+
+def test_one_frozen_backbone_serves_several_runs_that_donate():
+    step = fo.jit(add, frozen="encoder", donate_argnums=0)
+    backbone = make_params()["encoder"]
+    runs = [{"encoder": backbone, "head": {"w": jnp.full((2, 2), float(i))}} for i in range(3)]
+    for _ in range(3):
+        runs = [step(run) for run in runs]
+    assert [float(run["head"]["w"][0, 0]) for run in runs] == [3, 4, 5]
+    assert all(same(run["encoder"], backbone) for run in runs)
+
+
+SHARDINGS = {
+    "one for all": lambda s: s,
+    "one for each argument": lambda s: (s, s),
+    "a list": lambda s: [s, s],
+    "a prefix": lambda s: ({"encoder": s, "head": s}, None),
+    "in full": lambda s: ({"encoder": {"b": s, "w": s}, "head": {"w": s}}, s),
+    "with gaps": lambda s: ({"encoder": None, "head": s}, None),
+}
+
+
+@pytest.mark.parametrize("spread", SHARDINGS.values(), ids=SHARDINGS)
+def test_shardings_are_said_of_the_trees_that_the_step_takes_and_returns(spread):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    sharded = NamedSharding(mesh, P("x"))
+    params = jax.device_put(make_params(), sharded)
+    step = fo.jit(
+        lambda params, x: (add(params), x * 2),
+        frozen="encoder",
+        in_shardings=spread(sharded),
+        out_shardings=(lambda s: s[0] if isinstance(s, list) else s)(spread(sharded)) if spread else None,
+    )
+    (new, x), expected = step(params, jnp.ones(2)), sharded
+    assert same(params["encoder"], new["encoder"])
+    assert new["head"]["w"].sharding.is_equivalent_to(expected, 2)
+    assert x.tolist() == [2, 2]
+    assert new["head"]["w"][0, 0] == 2
+
+
+def test_shardings_of_two_structures():
+    sharded = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("x",)), P("x"))
+    step = fo.jit(add, frozen="encoder", in_shardings=(sharded,), out_shardings=sharded)
+    for params in (make_params(), {"encoder": jnp.ones(2), "more": jnp.ones(2), "head": jnp.ones(2)}):
+        for _ in range(2):
+            new = step(params)
+            assert same(params["encoder"], new["encoder"])
+            assert jax.tree.leaves(new["head"])[0].sharding.is_equivalent_to(sharded, 1)
+    step.clear_cache()
+    assert step(make_params())["head"]["w"][0, 0] == 2
+
+
+# --- buffers that stand at two places
+
+
+def tied(kind):
+    w = jnp.ones((2, 2))
+    return w, {"same array": w, "another array": w.addressable_data(0), "put again": jax.device_put(w, w.device)}[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "used"),  # what is not used is no part of the program, which overwrites nothing that anyone reads then
+    [("same array", True), ("same array", False), ("another array", True), ("put again", True)],
+)
+def test_a_buffer_at_a_frozen_and_at_a_donated_place_is_refused_with_both_paths(kind, used):
+    frozen, trained = tied(kind)
+    params = {"embed": {"table": frozen}, "head": {"w": trained}}
+
+    def step(params):
+        new = add(params["head"])
+        return {"embed": params["embed"], "head": add(new, params["embed"]["table"]) if used else new}
+
+    with pytest.raises(ValueError, match=r"'embed/table' is the same buffer as 'head/w'.*jnp\.copy"):
+        fo.jit(step, frozen="embed", donate_argnums=0)(params)
+    assert not frozen.is_deleted()
+    assert not trained.is_deleted()
+    assert fo.jit(step, frozen="embed")(params)["embed"]["table"] is frozen
+    assert fo.jit(step, frozen="**", donate_argnums=0)(params)["head"]["w"] is trained
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_donated_state_that_holds_a_frozen_leaf_is_refused_with_both_paths(by_name):
+    def step(params, ema):
+        return add(params), add(ema)
+
+    params = make_params()
+    ema = {"ema": {**params, "head": {"w": jnp.zeros((2, 2))}}}
+    jitted = fo.jit(step, frozen="encoder", donate_argnums=(0, 1))
+    with pytest.raises(ValueError, match="'encoder/b' is the same buffer as 'ema/ema/encoder/b'"):
+        jitted(params, ema=ema) if by_name else jitted(params, ema)
+    new, _ = fo.jit(step, frozen="encoder", donate_argnums=0)(params, ema)
+    assert same(new["encoder"], params["encoder"])
+
+
+def test_a_frozen_leaf_that_was_donated_elsewhere_is_named():
+    params = make_params()
+    params["encoder"]["w"].delete()
+    with pytest.raises(ValueError, match="'encoder/w' was donated"):
+        fo.jit(lambda params: add(params, params["encoder"]["w"].sum()), frozen="encoder")(params)
+
+
+def test_equal_numbers_at_two_places_are_no_tie():
+    new = fo.jit(lambda p: add(p), frozen="a", donate_argnums=0)({"a": 1, "b": 1, "c": jnp.ones(1)})
+    assert new["a"] == 1
+    assert new["b"] == 2
+
+
+# --- as jax.jit
+
+
+def test_traced_again_exactly_when_jax_jit_would():
+    counts = {"ours": 0, "theirs": 0}
+
+    def count(name):
+        def step(params, x, *, flag=0):
+            counts[name] += 1
+            return add(params, x)
+
+        return step
+
+    ours = fo.jit(count("ours"), frozen="encoder", static_argnames="flag")
+    theirs = jax.jit(count("theirs"), static_argnames="flag")
+    params, wide = make_params(), {"encoder": {"w": jnp.ones((3, 3))}, "head": {"w": jnp.ones((3, 3))}}
+    calls = [
+        (params, 1.0, {}),
+        (make_params(), 2.0, {}),
+        (params, jnp.array(1.0), {}),  # no longer weakly typed
+        (params, np.float32(3), {}),
+        (wide, 1.0, {}),
+        (jax.tree.map(lambda x: x.astype("bfloat16"), params), 1.0, {}),
+        ({**params, "more": jnp.ones(1)}, 1.0, {}),
+        ({**params, "encoder": jnp.ones(1)}, 1.0, {}),
+        (jax.tree.map(np.asarray, params), 1.0, {}),
+        (params, 1.0, {"flag": 1}),
+        (params, 1.0, {"flag": 0}),
+        (jax.device_put(params, jax.devices()[1]), 1.0, {}),
+    ]
+    for first, x, options in calls * 2:
+        ours(first, x, **options)
+        theirs(first, x, **options)
+        assert counts["ours"] == counts["theirs"]
+
+
+def test_a_training_loop_traces_once():
+    tx = fo.with_frozen(optax.adamw(0.1), "encoder")
+
+    @fo.jit(frozen="encoder", donate_argnums=(0, 1))
+    @chex.assert_max_traces(n=1)
+    def step(params, state, x):
+        grads = fo.grad(lambda p: jnp.sum(x @ p["encoder"]["w"] @ p["head"]["w"]), "encoder")(params)
+        updates, state = tx.update(grads, state, params)
+        return fo.apply_updates(params, updates), state
+
+    params, state = make_params(), tx.init(make_params())
+    for i in range(5):
+        params, state = step(params, state, jnp.ones((1, 2)) * i)
+
+
+def test_a_mask_function_is_asked_at_each_call():
+    step = fo.jit(add, frozen=fo.by_mask(lambda params: jax.tree.map(lambda leaf: bool(leaf.max() < 2), params)))
+    params = {"a": jnp.ones(1), "b": jnp.full(1, 2.0)}
+    new = step(params)
+    assert new["a"] is params["a"]
+    assert new["b"] == 3
+    new = step({"a": jnp.full(1, 5.0), "b": params["a"]})
+    assert new["a"] == 6
+    assert new["b"] is params["a"]
+
+
+def test_lowered_and_compiled_ahead_of_time():
+    def step(params, state, power):
+        return add(params, power), add(state), power
+
+    params, state = make_params(), {"mu": jnp.zeros(2)}
+    jitted = fo.jit(step, frozen="encoder", donate_argnums=(0, 1))
+    shapes = jax.eval_shape(lambda: (make_params(), {"mu": jnp.zeros(2)}))
+    for lowered in (jitted.lower(*shapes, 1.0), jitted.trace(params, state, 1.0).lower()):
+        assert "encoder/b" not in lowered.as_text().split("return")[-1]
+        compiled = lowered.compile()
+        assert compiled.cost_analysis()["flops"] > 0
+        params, state = make_params(), {"mu": jnp.zeros(2)}
+        new, state, _ = compiled(params, state, 1.0)
+        assert same(params["encoder"], new["encoder"])
+        assert params["head"]["w"].is_deleted()
+        assert new["head"]["w"][0, 0] == 2
+    with pytest.raises(ValueError, match="'encoder/w' is the same buffer as 'state/mu'"):
+        compiled(new, {"mu": new["encoder"]["w"]}, 1.0)
+
+
+def test_eval_shape_is_that_of_jax():
+    params = make_params() | {"key": jax.random.key(0), "scalar": 1.0}
+    step = lambda params: ({**params, "head": add(params["head"])}, params["head"]["w"].sum())
+    assert fo.jit(step, frozen=["encoder", "key", "scalar"]).eval_shape(params) == jax.eval_shape(step, params)
+
+
+def test_the_step_keeps_its_name_text_and_signature():
+    def train(params, x: int = 3):
+        """Text."""
+        return params
+
+    step = fo.jit(train, frozen="encoder")
+    assert (step.__name__, step.__doc__, step.__wrapped__) == ("train", "Text.", train)
+    assert inspect.signature(step) == inspect.signature(train)
+    assert "jit_train" in step.lower(make_params()).as_text()
+
+
+def test_a_function_without_a_name_or_a_signature():
+    params = make_params()
+    assert fo.jit(functools.partial(add, number=2), frozen="encoder")(params)["head"]["w"][0, 0] == 3
+    new = fo.jit(dataclasses.replace, frozen="encoder", where=lambda state: state.params)(make_state())
+    assert new.params["head"]["w"][0, 0] == 1
+
+
+def test_inside_other_transformations():
+    step = fo.jit(lambda params, x: (add(params, x), x * 2), frozen="encoder")
+    params = make_params()
+
+    @jax.jit
+    def outer(params):
+        for _ in range(3):
+            params, _ = step(params, 1.0)
+        return params
+
+    fo.assert_frozen(params, outer(params), "encoder")
+    assert outer(params)["head"]["w"][0, 0] == 4
+    heads, out = jax.vmap(lambda x: (step(params, x)[0]["head"]["w"], x))(jnp.arange(3.0))
+    assert heads[:, 0, 0].tolist() == [1, 2, 3]
+    assert out.tolist() == [0, 1, 2]
+    carried, _ = jax.lax.scan(lambda params, x: (step(params, x)[0], x), params, jnp.ones(4))
+    fo.assert_frozen(params, carried, "encoder")
+    assert carried["head"]["w"][0, 0] == 5
+    grads = jax.grad(lambda params: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(step(params, 1.0)[0])))(params)
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves(grads))
+    with jax.disable_jit():
+        assert same(step(params, 1.0)[0]["encoder"], params["encoder"])
+
+
+def test_a_tie_of_tracers_is_nobody_s_buffer():
+    step = fo.jit(add, frozen="a", donate_argnums=0)
+    new = jax.jit(lambda w: step({"a": w, "b": w}))(jnp.ones(1))
+    assert new["a"] == 1
+    assert new["b"] == 2
