@@ -1,150 +1,79 @@
 """A compiled train step that takes the frozen leaves and never hands them back: the caller keeps those he has.
 
-`jax.jit` copies every leaf that comes out as it went in, unless it is donated, and each leaf and each node of a tree
-costs at every call. So what is compiled here takes the first argument as two rows of leaves, frozen and not, and
-returns one row, which leaves out the frozen leaves of the successor, whatever the step computed for them. The tree
-around the leaves travels as static data of a pytree node, so jax itself keeps track of which tree came out.
+`jax.jit` copies every leaf that comes out as it went in, unless it is donated. What is compiled here takes the first
+argument as two rows of leaves, frozen and not, and returns one row, which leaves out the frozen leaves of the
+successor, whatever the step computed for them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import itertools
+import operator
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from frozen_optax._bits import is_key
-from frozen_optax._places import Where, Within, places
+from frozen_optax._places import Where, Within
+from frozen_optax._rows import Row, as_row, from_row, is_kept, leave_out, put_together, successor_of, take_apart
 from frozen_optax._selection import Selection, Selector, frozen_selector
 from frozen_optax._trees import (
     PyTree,
-    Resolution,
+    describe,
     is_traced,
     join,
     keystr,
-    remember,
     require_alive,
-    require_same_structure,
 )
 
 
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """Leaves in a row, known by their paths, and how to make a tree of them."""
-
-    leaves: Sequence[Any]
-    paths: tuple[str, ...]
-    form: Any
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        keys = map(jax.tree_util.DictKey, self.paths)
-        return tuple(zip(keys, self.leaves, strict=True)), (self.paths, self.form)
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return self.leaves, (self.paths, self.form)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, leaves: Any) -> _Row:
-        return cls(leaves, *static)
+def _listed(one_or_more: Any) -> list[Any]:
+    try:
+        return [one_or_more] if isinstance(one_or_more, str) else [operator.index(one_or_more)]
+    except TypeError:
+        return list(one_or_more)
 
 
-def _take_apart(resolution: Resolution, leaves: Sequence[Any]) -> tuple[_Row, _Row]:
-    """The frozen leaves of a tree, and the others."""
-    rest = resolution.complement
-    return (
-        _Row(list(itertools.compress(leaves, resolution.selected)), resolution.chosen, resolution),
-        _Row(list(itertools.compress(leaves, rest.selected)), rest.chosen, resolution),
-    )
+class _Signature:
+    """The arguments of a step: what jax's options say of them by number, by name, or by either as jax completes it."""
 
-
-def _put_together(frozen: _Row, others: _Row) -> PyTree:
-    """The tree again."""
-    resolution, one, other = frozen.form, iter(frozen.leaves), iter(others.leaves)
-    return resolution.unflatten([next(one if selected else other) for selected in resolution.selected])
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["number"])
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Stands in a result for the frozen leaf of this number."""
-
-    number: int
-
-
-def _is_kept(node: Any) -> bool:
-    return isinstance(node, _Kept)
-
-
-def _leave_out(result: PyTree, first: PyTree, resolution: Resolution, where: Where | None) -> PyTree:
-    """The result of a step, with a `_Kept` for each frozen leaf of the successor of the first argument."""
-    expected = places(where, first)
-    candidates = [result, *result[:1]] if isinstance(result, (tuple, list)) else [result]
-    for candidate in candidates:
+    def __init__(self, fun: Callable[..., Any]):
         try:
-            found = places(where, candidate)
-        except Exception:  # a user's function, on a tree that it was not written for
-            continue
-        if jax.tree.structure(found) == jax.tree.structure(expected):
-            break
-    else:
-        difference = "where= finds other parts in it."
-        try:
-            require_same_structure(candidates[-1], first, "the result", "the first argument")
-        except ValueError as error:
-            difference = str(error)
-        raise ValueError(
-            "a step under frozen_optax.jit returns the successor of its first argument, alone or first in a tuple: "
-            f"{difference}"
-        )
-    frozen = itertools.compress(range(len(resolution.selected)), resolution.selected)
-    numbers = {leaf: number for number, leaf in enumerate(frozen)}
-    leaves, treedef = jax.tree.flatten(result)
-    for ours, theirs in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        if ours in numbers:  # the leaves of result[0] come first in result: they have the same numbers in both
-            leaves[theirs] = _Kept(numbers[ours])
-    return jax.tree.unflatten(treedef, leaves)
+            self.parameters = list(inspect.signature(fun).parameters.values())
+        except (TypeError, ValueError):  # a builtin
+            self.parameters = []
+        by_number = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.by_number = [p.name for p in self.parameters if p.kind in by_number]
+        self.by_both = {p.name: i for i, p in enumerate(self.parameters) if p.kind is p.POSITIONAL_OR_KEYWORD}
+        self.is_open = not self.parameters or any(p.kind is p.VAR_POSITIONAL for p in self.parameters)
+        if not self.by_number and not self.is_open:
+            raise TypeError("the step takes no argument by position, and the parameters are its first.")
 
+    def complete(self, argnums: Any, argnames: Any) -> tuple[set[int], set[str]]:
+        """The numbers and the names of the arguments that an option speaks of."""
+        numbers: set[int] = set(argnums or ())
+        names: set[str] = set(argnames or ())
+        if argnames is None:
+            names = {name for name, number in self.by_both.items() if number in numbers}
+        elif argnums is None:
+            numbers = {number for name, number in self.by_both.items() if name in names}
+        return numbers, names
 
-def _as_row(result: PyTree, frozen_count: int) -> _Row:
-    """What is new in a result; its form is the tree, and where in the frozen leaves + the new ones each leaf stands."""
-    leaves, treedef = jax.tree.flatten(result, is_leaf=_is_kept)
-    number = itertools.count(frozen_count)
-    order = tuple(leaf.number if _is_kept(leaf) else next(number) for leaf in leaves)
-    new = [leaf for leaf in leaves if not _is_kept(leaf)]
-    return _Row(new, tuple(map(str, range(len(new)))), (treedef, order))
+    def count(self, option: str, argnums: Any) -> list[int]:
+        """Numbers, counted from the first argument."""
+        count = len(self.by_number)
+        for number in argnums if not self.is_open else ():
+            if not -count <= number < count:
+                raise ValueError(f"{option} names the argument {number}, and the step takes {count} by position.")
+        return [number + count if number < 0 and not self.is_open else number for number in argnums]
 
-
-def _from_row(frozen: Sequence[Any], row: _Row) -> PyTree:
-    """The result again, the frozen leaves in their places."""
-    treedef, order = row.form
-    return jax.tree.unflatten(treedef, map([*frozen, *row.leaves].__getitem__, order))
-
-
-def _listed(one_or_more: Any, kind: type) -> list[Any]:
-    return [one_or_more] if isinstance(one_or_more, kind) else list(one_or_more or ())
-
-
-def _numbers(parameters: Sequence[inspect.Parameter], argnums: Any) -> list[int]:
-    """Numbers of arguments, counted from the first one."""
-    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    count = 0 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(by_position)
-    return [number + count if -count <= number < 0 else number for number in _listed(argnums, int)]
-
-
-def _arguments(parameters: Sequence[inspect.Parameter], argnums: Any, argnames: Any) -> tuple[set[int], set[str]]:
-    """The numbers and names of the arguments that an option speaks of; as in jax, one completes the other."""
-    by_both = {p.name: i for i, p in enumerate(parameters) if p.kind is p.POSITIONAL_OR_KEYWORD}
-    numbers, names = set(_numbers(parameters, argnums)), set(_listed(argnames, str))
-    if argnames is None:
-        names = {name for name, number in by_both.items() if number in numbers}
-    elif argnums is None:
-        numbers = {number for name, number in by_both.items() if name in names}
-    return numbers, names
+    def name(self, number: int) -> str:
+        """What to call an argument."""
+        return self.by_number[number] if number < len(self.by_number) else f"argument {number}"
 
 
 def _buffers(leaf: Any) -> set[Any]:
@@ -154,7 +83,7 @@ def _buffers(leaf: Any) -> set[Any]:
     return {(shard.device, shard.data.unsafe_buffer_pointer()) for shard in leaf.addressable_shards}
 
 
-def _refuse_shared(frozen: _Row, donated: dict[str, PyTree], identify: Callable[[Any], set[Any]]) -> None:
+def _refuse_shared(frozen: Row, donated: dict[str, PyTree], identify: Callable[[Any], set[Any]]) -> None:
     """Raise where a donated leaf and a frozen one are the same memory."""
     is_buffer = lambda leaf: isinstance(leaf, jax.Array) and not is_traced(leaf) and not leaf.is_deleted()
     held = zip(frozen.paths, frozen.leaves, strict=True)
@@ -176,6 +105,8 @@ class _Stage:
         self._stage, self._call = stage, call
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # while it is copied it has no stage yet
+            raise AttributeError(name)
         return getattr(self._stage, name)
 
     def lower(self, **options: Any) -> _Stage:
@@ -184,56 +115,64 @@ class _Stage:
     def compile(self, *args: Any, **options: Any) -> _Stage:
         return _Stage(self._stage.compile(*args, **options), self._call)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(lambda frozen, others: self._stage, args, kwargs)
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self._stage, args, kwargs)
 
 
 class Step:
     """What `jit` makes of a train step: it is called as the step is, and has the methods of a `jax.jit` function."""
 
     def __init__(self, fun: Callable[..., Any], selector: Selector, where: Where | None, options: dict[str, Any]):
-        functools.update_wrapper(self, fun)
-        self._fun, self._options = fun, options
+        functools.update_wrapper(self, fun, updated=())
+        self._fun, self._where = fun, where
         self._selector = selector if where is None else Within(selector, where)
-        self._where = where
-        self._sharded: dict[Any, Any] = {}
-        try:
-            self._parameters = list(inspect.signature(fun).parameters.values())
-        except (TypeError, ValueError):  # a builtin
-            self._parameters = []
-        numbers, names = (options.get(name) for name in ("static_argnums", "static_argnames"))
-        if 0 in _arguments(self._parameters, numbers, names)[0]:
+        self._signature = signature = _Signature(fun)
+        self._options: dict[str, Any] = {
+            option: _listed(value) if option.endswith(("_argnums", "_argnames")) and value is not None else value
+            for option, value in options.items()
+        }
+        for option in ("static_argnums", "donate_argnums"):
+            if self._options.get(option) is not None:
+                self._options[option] = signature.count(option, self._options[option])
+        said = lambda kind: (self._options.get(f"{kind}_{by}") for by in ("argnums", "argnames"))
+        self._static, self._donated = (signature.complete(*said(kind)) for kind in ("static", "donate"))
+        if 0 in self._static[0]:
             raise ValueError("the first argument holds the parameters, so it cannot be static.")
-        numbers, names = (options.get(name) for name in ("donate_argnums", "donate_argnames"))
-        self._donated = _arguments(self._parameters, numbers, names)
+        self._sharded: dict[Any, Any] = {}
         self._jitted = self._jit()
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
 
     def _jit(self, **more: Any) -> Any:
         """The function of rows, compiled; the frozen leaves come before all arguments, so numbers shift by one."""
 
         @functools.wraps(self._fun)
-        def of_rows(frozen: _Row, others: _Row, /, *args: Any, **kwargs: Any) -> Any:
-            first = _put_together(frozen, others)
-            result = _leave_out(self._fun(first, *args, **kwargs), first, frozen.form, self._where)
-            return result if self._returns_tree else _as_row(result, len(frozen.leaves))
+        def of_rows(frozen: Row, others: Row, /, *args: Any, **kwargs: Any) -> Any:
+            result = self._fun(put_together(frozen, others), *args, **kwargs)
+            first = put_together(frozen, others)  # the step may have put other things into the one it was given
+            leaves, treedef = leave_out(result, successor_of(result, first, self._where), frozen.form)
+            if self._returns_tree:
+                return jax.tree.unflatten(treedef, leaves)
+            return as_row(leaves, treedef, len(frozen.leaves))
 
-        if self._parameters:
-            name = "frozen_" + "_".join(parameter.name for parameter in self._parameters)
+        if parameters := self._signature.parameters:
+            name = "frozen_" + "_".join(parameter.name for parameter in parameters)
             before = inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
-            of_rows.__signature__ = inspect.Signature([before, *self._parameters])  # pyright: ignore
-        options = self._options | more
-        options |= {
-            option: [n + 1 if n >= 0 else n for n in _numbers(self._parameters, options[option])]
-            for option in ("static_argnums", "donate_argnums")
-            if options.get(option) is not None
-        }
+            of_rows.__signature__ = inspect.Signature([before, *parameters])  # pyright: ignore
+        options: dict[str, Any] = self._options | more
+        for option in ("static_argnums", "donate_argnums"):
+            if numbers := options.get(option):
+                options[option] = [number + 1 if number >= 0 else number for number in numbers]
+        if any(self._donated):  # a frozen leaf that the program does not read could share a buffer with a donated one
+            options.setdefault("keep_unused", True)
         return jax.jit(of_rows, **options)
 
     @property
     def _returns_tree(self) -> bool:
         return "out_shardings" in self._options  # which are said of the tree, and so of no row
 
-    def _jitted_for(self, frozen: _Row, others: _Row) -> Any:
+    def _jitted_for(self, frozen: Row, others: Row) -> Any:
         """The compiled function; with shardings of the first argument, one for each structure it has."""
         shardings = self._options.get("in_shardings")
         if not isinstance(shardings, (tuple, list)) or not shardings:
@@ -246,66 +185,76 @@ class Step:
                 for leaf in jax.tree.leaves(part):
                     by_leaf[leaf] = sharding
 
-            jax.tree.map(note, shardings[0], resolution.unflatten(range(len(by_leaf))), is_leaf=lambda x: x is None)
-            shardings = (*_take_apart(resolution, by_leaf), *shardings[1:])
-            remember(self._sharded, resolution, self._jit(in_shardings=shardings))
+            try:
+                jax.tree.map(note, shardings[0], resolution.unflatten(range(len(by_leaf))), is_leaf=lambda x: x is None)
+            except ValueError as error:
+                raise ValueError(f"in_shardings[0] is no prefix of the first argument: {error}") from None
+            shardings = (*take_apart(resolution, by_leaf), *shardings[1:])
+            self._sharded[resolution] = self._jit(in_shardings=shardings)
         return self._sharded[resolution]
 
     def _rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The first argument as two rows, whether it was given by position or by name, and the others."""
-        name = self._parameters[0].name if self._parameters else ""
-        if not args and name not in kwargs:
+        name = next(iter(self._signature.by_both), "")
+        if not args and self._signature.by_both.get(name) == 0 and name in kwargs:
+            args = (kwargs[name],)
+            kwargs = {key: value for key, value in kwargs.items() if key != name}
+        if not args:
             name = getattr(self._fun, "__name__", repr(self._fun))
             raise TypeError(f"{name} takes the parameters as its first argument, and was called without.")
-        first = args[0] if args else kwargs[name]
-        if not args:
-            kwargs = {key: value for key, value in kwargs.items() if key != name}
+        first = args[0]
         leaves, treedef = jax.tree.flatten(first)
         resolution = self._selector._resolve_flat(first, leaves, treedef)
-        return *_take_apart(resolution, leaves), args[1:], kwargs
+        return *take_apart(resolution, leaves), args[1:], kwargs
 
-    def _donations(self, others: _Row, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, PyTree]:
+    def _donations(self, others: Row, args: Any, kwargs: Any, skipped: set[int]) -> dict[str, PyTree]:
         """What a call donates, under the names of the arguments; that of the first goes without saying."""
         numbers, names = self._donated
-        by_position = [p.name for p in self._parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         donated = {"": others} if 0 in numbers else {}
-        for number, arg in enumerate(args, 1):
-            if number in numbers:
-                donated[by_position[number] if number < len(by_position) else f"argument {number}"] = arg
+        given = (number for number in itertools.count(1) if number not in skipped)
+        donated |= {self._signature.name(n): arg for n, arg in zip(given, args, strict=False) if n in numbers}
         return donated | {name: arg for name, arg in kwargs.items() if name in names}
 
-    def _call(self, compiled_for: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _call(self, compiled_for: Callable[..., Any], args: Any, kwargs: Any, skipped: set[int]) -> Any:
+        """One step, by a compiled function that takes all arguments but those skipped."""
         frozen, others, args, kwargs = self._rows(args, kwargs)
-        donated = self._donations(others, args, kwargs)
+        donated = self._donations(others, args, kwargs, skipped)
         if donated and not set(map(id, jax.tree.leaves(donated))).isdisjoint(map(id, frozen.leaves)):
             _refuse_shared(frozen, donated, lambda leaf: {id(leaf)})
         try:
             result = compiled_for(frozen, others)(frozen, others, *args, **kwargs)
-        except RuntimeError:  # say which leaf it was
-            for path, leaf in zip(frozen.paths, frozen.leaves, strict=True):
-                require_alive(path, leaf)
-            _refuse_shared(frozen, donated, _buffers)  # two arrays can share a buffer
+        except RuntimeError as error:
+            if "deleted" in str(error):  # say which leaf it was
+                for path, leaf in zip(frozen.paths, frozen.leaves, strict=True):
+                    require_alive(path, leaf)
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                _refuse_shared(frozen, donated, _buffers)  # two arrays can share a buffer
             raise
         return self._from_rows(frozen.leaves, result)
 
+    def _call_compiled(self, compiled: Any, args: Any, kwargs: Any) -> Any:
+        return self._call(lambda *_: compiled, args, kwargs, self._static[0])  # it is called without those
+
     def _from_rows(self, frozen: Sequence[Any], result: Any) -> PyTree:
-        return _from_row(frozen, _as_row(result, len(frozen)) if self._returns_tree else result)
+        if self._returns_tree:
+            result = as_row(*jax.tree.flatten(result, is_leaf=is_kept), len(frozen))
+        return from_row(frozen, result)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """One step."""
-        return self._call(self._jitted_for, args, kwargs)
+        return self._call(self._jitted_for, args, kwargs, set())
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit` has it."""
         frozen, others, args, kwargs = self._rows(args, kwargs)
-        return _Stage(self._jitted_for(frozen, others).trace(frozen, others, *args, **kwargs), self._call)
+        return _Stage(self._jitted_for(frozen, others).trace(frozen, others, *args, **kwargs), self._call_compiled)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit` has it: what it is compiled to is called as the step is."""
         frozen, others, args, kwargs = self._rows(args, kwargs)
-        return _Stage(self._jitted_for(frozen, others).lower(frozen, others, *args, **kwargs), self._call)
+        return _Stage(self._jitted_for(frozen, others).lower(frozen, others, *args, **kwargs), self._call_compiled)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """The shapes and dtypes of what the step returns."""
         frozen, others, args, kwargs = self._rows(args, kwargs)
         result = self._jitted_for(frozen, others).eval_shape(frozen, others, *args, **kwargs)
@@ -339,7 +288,8 @@ def jit(
       trainable: what is not frozen, instead. Outside of what `where` names nothing is frozen.
       where: says where in the first argument the parameters are: `lambda state: state.params`. It may return a tuple
         of several parts, such as parameters and batch statistics. Paths are relative to each, a pattern has to select
-        something in one of them, and a mask has the structure of what `where` returns.
+        something in one of them, and a mask has the structure of what `where` returns. It is called on trees of
+        `jax.ShapeDtypeStruct`, too.
       **options: those of `jax.jit`, by its names. Numbers, names and shardings count in the step's own signature.
         `donate_argnums` takes the trainable leaves of the first argument and all else that it holds, never a frozen
         leaf, so several runs can share one frozen backbone.
@@ -367,5 +317,7 @@ def jit(
     """
     selector = frozen_selector(frozen, trainable)
     if fun is None:
-        return lambda fun: Step(fun, selector, where, options)
+        return lambda fun: jit(fun, frozen=selector, where=where, **options)
+    if not callable(fun):
+        raise TypeError(f"jit takes a function, found {describe(fun)}: write jit(step, frozen={fun!r}).")
     return Step(fun, selector, where, options)

@@ -37,7 +37,7 @@ def restore(params: PyTree, reference: PyTree, frozen: Selection = None, *, trai
     After each step it assigns the initial weights back, whatever the optimizer did to them: the way that works with a
     training loop that cannot be changed. It does not make the step cheaper: under jit the final addition for a frozen
     leaf disappears, while its gradient, its optimizer state and its part in every norm stay (with a stateless optimizer
-    such as SGD, and no norms, the gradient goes too). `python -m benchmarks.claims` prints the figures. `with_frozen`
+    such as SGD, and no norms, the gradient goes too). `python -m benchmarks` prints the figures. `with_frozen`
     saves all of it.
 
     Call it inside the compiled step, with the reference an argument that is not donated. Called outside of it, the next

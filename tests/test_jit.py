@@ -1,5 +1,6 @@
 """`jit`: frozen leaves go in and never come out, and all else is as `jax.jit` has it."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -246,6 +247,12 @@ def test_where_has_to_return_parts_of_the_state(where, found):
         fo.jit(add, frozen="**", where=where)(make_state())
 
 
+@pytest.mark.parametrize("where", [lambda state: None, lambda state: (), lambda state: {}])
+def test_where_has_to_return_something(where):
+    with pytest.raises(TypeError, match="where= has to return parts of the state, and returned"):
+        fo.jit(add, trainable=False, where=where)(make_state())
+
+
 def test_train_state_of_flax():
     tx = fo.with_frozen(optax.adam(0.1), "encoder")
     state = TrainState.create(apply_fn=lambda variables, x: x, params=make_params(), tx=tx)
@@ -271,6 +278,114 @@ def test_state_of_nnx_and_modules_of_equinox():
     new = fo.jit(lambda arrays: jax.tree.map(lambda x: x + 1, arrays), frozen="layers/0")(arrays)
     assert new.layers[0].weight is model.layers[0].weight
     assert eqx.combine(new, static)(jnp.ones(2)).shape == (2,)
+
+
+# --- which leaf is whose
+
+
+def test_a_step_that_changes_its_argument_in_place_still_gets_the_right_leaves():
+    def in_place(state):
+        state["metrics"] = jnp.float32(9)
+        state["params"]["a"] = state["params"]["a"] * 0
+        state["params"]["b"] = state["params"]["b"] + 1
+        return state
+
+    state = {"cache": jnp.ones(1), "params": {"a": jnp.float32(1), "b": jnp.float32(2)}}
+    new = fo.jit(in_place, frozen="a", where=lambda state: state["params"])(state)
+    assert new["params"]["a"] is state["params"]["a"]
+    assert (new["params"]["b"], new["metrics"], sorted(new)) == (3, 9, ["cache", "metrics", "params"])
+
+    def apart(state):
+        state.pop("cache")
+        params = state.pop("params")
+        return {"cache": jnp.float32(0), "params": {"a": params["a"] * 0, "b": params["b"] + 1}}
+
+    for where, frozen in ((lambda state: state["params"], "a"), (None, "params/a")):
+        new = fo.jit(apart, frozen=frozen, where=where)(state)
+        assert new["params"]["a"] is state["params"]["a"]
+        assert (new["params"]["b"], new["cache"]) == (3, 0)
+
+    def grows(params):
+        params["0"] = jnp.float32(9)
+        return params
+
+    with pytest.raises(ValueError, match=r"differ in structure at 'the root'.*found a dict of 3 \(0, a, b\)"):
+        fo.jit(grows, frozen="a")({"a": jnp.ones(1), "b": jnp.ones(1)})
+
+
+def test_a_module_that_grows_while_it_runs_is_another_structure():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.a, self.b = nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+    def step(model):
+        model.a.hidden = nnx.Intermediate(jnp.ones(2))
+        return model
+
+    if jax.tree_util.all_leaves([Model()]):  # modules are no pytrees in older versions of Flax
+        return
+    with pytest.raises(ValueError, match="differ in structure"):
+        fo.jit(step, frozen="b")(Model())
+
+
+def test_the_successor_is_the_state_and_not_what_stands_at_its_place_in_the_result():
+    params = {"base": jnp.array(3.0), "head": jnp.array(4.0)}
+    grads = fo.jit(
+        lambda state: ((state[0] + 1, add(state[1])), jax.tree.map(lambda x: x * 0 - 5, state[1])),
+        frozen="base",
+        where=lambda state: state[1],
+    )
+    (count, new), other = grads((jnp.array(0), params))
+    assert (count, new["head"], other) == (1, 5, {"base": -5, "head": -5})
+    assert new["base"] is params["base"]
+    number = jnp.array(3.0)
+    step = fo.jit(lambda s: ((s[0] + 1, s[1] * 2), jnp.float32(7)), frozen="**", where=lambda s: s[1])
+    (count, new), loss = step((jnp.array(0), number))
+    assert (count, loss) == (1, 7)
+    assert new is number
+    with pytest.raises(ValueError, match="returns the successor"):
+        fo.jit(lambda s: (jnp.float32(7), s), frozen="**", where=lambda s: s[0])((number, number))
+
+
+def test_other_parts_of_a_state_may_change_their_structure():
+    state = State(make_params(), {}, None)
+    step = lambda state: (state.replace(params=add(state.params), batch_stats={"mean": jnp.zeros(2)}, step=1), 2)
+    new, _ = fo.jit(step, frozen="encoder", where=lambda state: state.params)(state)
+    assert same(state.params["encoder"], new.params["encoder"])
+    assert (new.params["head"]["w"][0, 0], new.step, list(new.batch_stats)) == (2, 1, ["mean"])
+
+
+class Unregistered(list):
+    pass
+
+
+def test_a_result_that_is_no_pytree_is_jax_s_own_error():
+    with pytest.raises((TypeError, ValueError), match=r"(?s)Unregistered"):
+        fo.jit(lambda params: Unregistered([params, 3]), frozen="encoder")(make_params())
+
+
+@struct.dataclass
+class Checked:
+    a: Any
+    b: Any
+
+    def __post_init__(self):
+        assert self.a.ndim == 1
+
+    @fo.jit(frozen="a")
+    def step(self, x):
+        """A step as a method of the state."""
+        return self.replace(b=self.b + x)
+
+
+def test_a_state_that_checks_its_fields_and_a_step_that_is_its_method():
+    state = Checked(jnp.ones(1), jnp.ones(2))
+    new = state.step(2.0)
+    assert new.a is state.a
+    assert new.b.tolist() == [3, 3]
+    new = fo.jit(lambda state: state.replace(b=state.b + 1), frozen=True, where=lambda state: state.a)(state)
+    assert new.a is state.a
+    assert new.b.tolist() == [2, 2]
 
 
 # --- errors
@@ -315,6 +430,20 @@ def test_an_unknown_option_and_a_missing_argument_are_type_errors():
         fo.jit(add, frozen="encoder", donut=0)
     with pytest.raises(TypeError, match="add takes the parameters as its first argument"):
         fo.jit(add, frozen="encoder")()
+
+
+def test_a_step_needs_an_argument_by_position():
+    with pytest.raises(TypeError, match="takes no argument by position"):
+        fo.jit(lambda *, params: params, frozen="encoder")
+    with pytest.raises(TypeError, match="jit takes a function, found a leaf of type int"):
+        fo.jit(3, frozen="encoder")
+
+
+@pytest.mark.parametrize("option", ["donate_argnums", "static_argnums"])
+@pytest.mark.parametrize("number", [-3, 2])
+def test_a_number_that_no_argument_has_is_an_error(option, number):
+    with pytest.raises(ValueError, match=f"{option} names the argument {number}, and the step takes 2 by position"):
+        fo.jit(lambda params, x: params, frozen="encoder", **{option: number})
 
 
 @pytest.mark.parametrize("option", [{"static_argnums": 0}, {"static_argnums": -2}, {"static_argnames": ("params",)}])
@@ -364,6 +493,8 @@ def test_static_arguments(option, by_name):
         ({"donate_argnums": -3}, "p"),
         ({"donate_argnames": "params"}, "p"),
         ({"donate_argnames": ("params", "state")}, "ps"),
+        ({"donate_argnums": np.int64(0)}, "p"),
+        ({"donate_argnums": range(2)}, "ps"),
     ],
 )
 @pytest.mark.parametrize("by_name", [False, True])
@@ -428,6 +559,11 @@ def test_shardings_are_said_of_the_trees_that_the_step_takes_and_returns(spread)
     assert new["head"]["w"][0, 0] == 2
 
 
+def test_shardings_that_do_not_fit_are_an_error_that_says_which():
+    with pytest.raises(ValueError, match=r"in_shardings\[0\] is no prefix of the first argument"):
+        fo.jit(add, frozen="encoder", in_shardings=({"encoder": None, "tail": None},))(make_params())
+
+
 def test_shardings_of_two_structures():
     sharded = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("x",)), P("x"))
     step = fo.jit(add, frozen="encoder", in_shardings=(sharded,), out_shardings=sharded)
@@ -448,10 +584,8 @@ def tied(kind):
     return w, {"same array": w, "another array": w.addressable_data(0), "put again": jax.device_put(w, w.device)}[kind]
 
 
-@pytest.mark.parametrize(
-    ("kind", "used"),  # what is not used is no part of the program, which overwrites nothing that anyone reads then
-    [("same array", True), ("same array", False), ("another array", True), ("put again", True)],
-)
+@pytest.mark.parametrize("kind", ["same array", "another array", "put again"])
+@pytest.mark.parametrize("used", [True, False])
 def test_a_buffer_at_a_frozen_and_at_a_donated_place_is_refused_with_both_paths(kind, used):
     frozen, trained = tied(kind)
     params = {"embed": {"table": frozen}, "head": {"w": trained}}
@@ -575,6 +709,50 @@ def test_lowered_and_compiled_ahead_of_time():
         assert new["head"]["w"][0, 0] == 2
     with pytest.raises(ValueError, match="'encoder/w' is the same buffer as 'state/mu'"):
         compiled(new, {"mu": new["encoder"]["w"]}, 1.0)
+
+
+def test_compiled_ahead_of_time_static_arguments_are_left_out_and_donated_ones_are_checked():
+    def step(params, power, state, x):
+        return add(params, x.sum() ** power), state * 2
+
+    jitted = fo.jit(step, frozen="encoder", static_argnums=1, donate_argnums=2)
+    params = make_params()
+    w = params["encoder"]["w"]
+    compiled = jitted.lower(params, 2, jnp.ones((2, 2)), w).compile()
+    with pytest.raises(ValueError, match="'encoder/w' is the same buffer as 'state'"):
+        compiled(params, w, jnp.ones((2, 2)))
+    new, _ = compiled(params, jnp.ones((2, 2)), w)
+    assert same(params["encoder"], new["encoder"])
+    assert new["head"]["w"][0, 0] == 17
+
+
+def test_stages_and_steps_can_be_copied():
+    step = fo.jit(add, frozen="encoder")
+    params = make_params()
+    assert same(copy.copy(step)(params)["encoder"], params["encoder"])
+    assert same(copy.copy(step.lower(params)).compile()(params)["encoder"], params["encoder"])
+
+
+def test_an_object_that_is_called_keeps_its_attributes_to_itself():
+    class Trainer:
+        def __init__(self):
+            self._rows = self._jit = self._call = self._options = 7
+
+        def __call__(self, params, *, self_=1):
+            return add(params, self._rows)
+
+    assert fo.jit(Trainer(), frozen="encoder")(make_params())["head"]["w"][0, 0] == 8
+    assert fo.jit(lambda params, **more: add(params, more["self"]), frozen="encoder")(make_params(), self=2.0)
+
+
+def test_a_step_s_own_runtime_error_is_not_mistaken():
+    def step(params):
+        raise RuntimeError("mine")
+
+    params = make_params()
+    params["encoder"]["w"].delete()
+    with pytest.raises(RuntimeError, match="mine"):
+        fo.jit(step, frozen="encoder")(params)
 
 
 def test_eval_shape_is_that_of_jax():

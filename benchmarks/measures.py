@@ -1,0 +1,108 @@
+"""What a step costs: to trace, to compile, to run, and in FLOPs and bytes by what XLA says of the compiled program."""
+
+import gc
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.contenders import Contender
+
+Figures = dict[str, float]
+
+_COLLECTIVE = re.compile(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_SHAPE = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
+
+
+def nbytes(tree: Any) -> int:
+    """What the arrays of a tree take."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def compiling(contender: Contender, batch: Any, donate: bool = False) -> tuple[Any, Figures]:
+    """The compiled step, and what it took to make it and what XLA says of it."""
+    args = (*contender.state, *contender.constant, batch)
+    step = contender.compiler(
+        lambda *args: contender.step(*args),  # a new function, so that nothing is remembered of it
+        donate_argnums=tuple(range(len(contender.state))) if donate else (),
+    )
+    jax.clear_caches()
+    gc.collect()
+    start = time.perf_counter()
+    traced = step.trace(*args)
+    between = time.perf_counter()
+    compiled = traced.lower().compile()
+    end = time.perf_counter()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return compiled, {
+        "trace": between - start,
+        "compile": end - between,
+        "flops": cost["flops"],
+        "bytes accessed": cost["bytes accessed"],
+        "bytes in": memory.argument_size_in_bytes,
+        "bytes out": memory.output_size_in_bytes,
+        "bytes temporary": memory.temp_size_in_bytes,
+        "bytes aliased": memory.alias_size_in_bytes,
+        "state": nbytes(contender.optimizer_state(contender.state)),
+    }
+
+
+def runner(contender: Contender, batch: Any, donate: bool = False) -> Callable[[], float]:
+    """A function that runs the next step, from where the last one ended, and says how long it took."""
+    step = contender.compile_with(donate)
+    state = jax.tree.map(lambda leaf: leaf.copy(), contender.state) if donate else contender.state
+
+    def run() -> float:
+        nonlocal state
+        start = time.perf_counter()
+        result = step(*state, *contender.constant, batch)
+        jax.block_until_ready(result)
+        taken = time.perf_counter() - start
+        state = result[: len(state)]
+        return taken
+
+    return run
+
+
+def stepping(runners: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Steps of each, in turn, so that whatever else the machine does falls on all of them."""
+    for run in runners.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    gc.collect()
+    for _ in range(rounds):
+        for name, run in runners.items():
+            times[name].append(run())
+    return times
+
+
+def collectives(program: str) -> tuple[int, int]:
+    """How many collectives are in a compiled program, and how many bytes each device gets from them."""
+    results = [match[1] for match in _COLLECTIVE.finditer(program)]
+    width = lambda dtype: int(re.sub(r"\D", "", dtype)) / 8
+    size = lambda dims: int(np.prod([int(dim) for dim in dims.split(",") if dim]))
+    total = sum(width(dtype) * size(dims) for result in results for dtype, dims in _SHAPE.findall(result))
+    return len(results), int(total)
+
+
+def spread(values: Iterable[float]) -> Figures:
+    """Median, and the quarter of the values below and above it."""
+    values = sorted(values)
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"median": statistics.median(values), "low": low, "high": high, "runs": len(values)}
+
+
+def elsewhere(*args: str) -> Any:
+    """What a module of this package prints as JSON, in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"python -m {' '.join(args)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,209 @@
+"""Which workloads are measured, with which contenders, and how often."""
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import equinox
+import flax
+import jax
+import optax
+
+from benchmarks import contenders as c
+from benchmarks.measures import Figures, compiling, elsewhere, runner, spread, stepping
+from benchmarks.workloads import Workload, require_flops, scanned, unrolled
+
+LEAN = [
+    "limit",
+    "fo.jit",
+    "fo.value_and_grad",
+    "fo.with_frozen",
+    "chain(tx, optax.freeze)",
+    "optax.selective_transform",
+]
+FAST = ["limit", "fo.jit", "fo.jit, optax.apply_updates", "fo.value_and_grad", "optax.selective_transform"]
+TIMES = ("trace", "compile", "step")
+
+
+def adamw() -> optax.GradientTransformation:
+    """The optimizer of all measurements."""
+    return optax.adamw(1e-3)
+
+
+def clipped() -> optax.GradientTransformation:
+    """The same behind clipping by global norm."""
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw())
+
+
+def accumulated() -> optax.GradientTransformation:
+    """The same once in four steps."""
+    return optax.MultiSteps(adamw(), 4).gradient_transformation()
+
+
+def _clip_outside(workload: Workload, _: Any) -> c.Contender:
+    wrapped = optax.selective_transform(adamw(), freeze_mask=workload.mask())
+    return c.plain(workload, optax.chain(optax.clip_by_global_norm(1.0), wrapped))
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One workload, and how its contenders are measured."""
+
+    key: str
+    workload: Callable[[], Workload]
+    names: list[str]
+    compilations: int = 1
+    rounds: int = 20
+    optimizer: Callable[[], optax.GradientTransformation] = adamw
+    more: dict[str, Callable[..., c.Contender]] = dataclasses.field(default_factory=dict)
+    donate: bool = False
+    reference: bool = False  # PyTorch beside it, where it is installed
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that one run measures."""
+
+    sections: list[Section]
+    memory: list[str]
+    communication: list[str]
+    models: bool
+    claims: bool
+    width: int = 1024  # of the layers whose memory is measured
+
+
+def small(layers: int, trained: set[int] | None = None) -> Callable[[], Workload]:
+    """Layers whose arithmetic is nothing: what is measured is what each leaf costs."""
+    return lambda: unrolled(layers, 8, 2, trained or {layers - 1}, small_leaves=True)
+
+
+def large(trained: set[int], layers: int = 24, width: int = 1024) -> Callable[[], Workload]:
+    """Kernels of 4 MB, 100 MB in all."""
+    return lambda: unrolled(layers, width, 8, trained, small_leaves=False)
+
+
+def share(frozen: float, layers: int = 1000) -> Callable[[], Workload]:
+    """A leaf a layer, of which a share is frozen, from the first one on."""
+    first = min(layers - 1, round(layers * frozen))
+    return lambda: unrolled(layers, 8, 2, set(range(first, layers)), small_leaves=False)
+
+
+SHARES = (0, 0.5, 0.9, 0.99, 0.999)
+
+
+def full() -> Plan:
+    """Everything, in less than twenty minutes on two cores."""
+    everyone = list(c.CONTENDERS)
+    return Plan(
+        [
+            Section("leaves 100", small(25), everyone, compilations=5, rounds=100, reference=True),
+            Section("leaves 1000", small(250), everyone, compilations=5, rounds=60, reference=True),
+            Section("leaves 10000", small(2500), FAST, rounds=15),
+            Section("large last", large({23}), everyone, compilations=3, rounds=30, reference=True),
+            Section("large middle", large({12}), LEAN),
+            Section("large first", large({0}), LEAN),
+            Section(
+                "large clipped",
+                large({23}),
+                everyone,
+                1,
+                20,
+                clipped,
+                {"chain(clip, optax.selective_transform)": _clip_outside},
+            ),
+            Section("large donated", large({23}), LEAN, donate=True),
+            Section("large accumulated", large({23}), LEAN, optimizer=accumulated),
+            Section("scan", lambda: scanned(24, 512, 8, 8), everyone, compilations=3),
+            *(Section(f"share {frozen}", share(frozen), LEAN) for frozen in SHARES),
+        ],
+        memory=everyone,
+        communication=everyone,
+        models=True,
+        claims=True,
+    )
+
+
+def quick() -> Plan:
+    """What decides, in less than two minutes on two cores."""
+    return Plan(
+        [
+            Section("leaves 100", small(25), list(c.CONTENDERS), compilations=3, rounds=60, reference=True),
+            Section("leaves 1000", small(250), FAST, compilations=3, rounds=40),
+            Section("large last", large({23}), LEAN, rounds=15, reference=True),
+            Section("large clipped", large({23}), LEAN, rounds=10, optimizer=clipped),
+        ],
+        memory=["limit", "fo.jit", "optax.selective_transform"],
+        communication=LEAN,
+        models=False,
+        claims=False,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    with open("/proc/cpuinfo") as info:
+        models = {line.split(":")[1].strip() for line in info if line.startswith("model name")}
+    modules = {"jax": jax, "optax": optax, "flax": flax, "equinox": equinox, "chex": chex}
+    return {
+        "versions": {"python": platform.python_version()} | {name: m.__version__ for name, m in modules.items()},
+        "device": jax.devices()[0].platform,
+        "machine": platform.machine(),
+        "processor": ", ".join(sorted(models)),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+    }
+
+
+def measure(section: Section, advance: Callable[[str], None]) -> dict[str, Any]:
+    """The figures of each contender of a section."""
+    workload = section.workload()
+    makers = {name: c.CONTENDERS[name] for name in section.names} | section.more
+    contenders = {name: make(workload, section.optimizer()) for name, make in makers.items()}
+    compilations: dict[str, list[Figures]] = {name: [] for name in makers}
+    for _ in range(section.compilations):
+        for name, contender in contenders.items():
+            compilations[name].append(compiling(contender, workload.batch, section.donate)[1])
+            advance(f"{section.key}: compile {name}")
+    require_flops(workload, compilations["limit"][0]["flops"])
+    runners = {name: runner(contender, workload.batch, section.donate) for name, contender in contenders.items()}
+    if section.reference and importlib.util.find_spec("torch"):
+        runners["torch requires_grad_"] = importlib.import_module("benchmarks.torch_reference").runner(workload)
+    steps = stepping(runners, section.rounds)
+    advance(f"{section.key}: step")
+    figures: dict[str, Any] = {name: {"step": spread(times)} for name, times in steps.items()}
+    for name, runs in compilations.items():
+        last = runs[-1]
+        figures[name] |= {key: value for key, value in last.items() if key not in TIMES}
+        figures[name] |= {key: spread(run[key] for run in runs) for key in ("trace", "compile")}
+    return {"title": workload.title, "matmuls": workload.matmuls, "contenders": figures}
+
+
+def _amount(plan: Plan) -> int:
+    each = [(len(s.names) + len(s.more)) * s.compilations + 1 for s in plan.sections]
+    return sum(each) + len(plan.memory) + 1 + plan.models + plan.claims
+
+
+def run(plan: Plan, progress: Callable[[int], Callable[[str], None]]) -> dict[str, Any]:
+    """Measures all of a plan; `progress` is told how much there is to do, and then what is done."""
+    advance = progress(_amount(plan))
+    results: dict[str, Any] = {"environment": environment(), "sections": {}}
+    for section in plan.sections:
+        results["sections"][section.key] = measure(section, advance)
+    results["memory"] = {}
+    for name in plan.memory:
+        results["memory"][name] = elsewhere("benchmarks.isolated", "memory", name, "--width", str(plan.width))
+        advance(f"memory: {name}")
+    results["communication"] = elsewhere("benchmarks.isolated", "communication", *plan.communication)
+    advance("communication")
+    if plan.models:
+        advance("models of 70 and 671 billion weights, compiled ahead of time")
+        results["models"] = elsewhere("benchmarks.models")
+    if plan.claims:
+        advance("every optimizer, step by step")
+        results |= elsewhere("benchmarks.claims")
+    return results

@@ -1,0 +1,110 @@
+"""The models that are trained: how large, what of them is trained, and what a step costs on paper.
+
+Names are padded with zeros, as `jax.jit` sorts the keys of a dict: `layer_10` comes before `layer_2`, and the last
+layer of the model would not be the last in its tree.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model, as a dict of groups of leaves, of which some groups are trained."""
+
+    title: str
+    params: Tree
+    loss: Callable[[Any, Any], Any]
+    batch: Any
+    trained: frozenset[str]
+    matmuls: float | None  # FLOPs of all matrix products of a step, the trained groups' gradients included
+
+    def part(self, trained: bool) -> Tree:
+        """The groups that are trained, or those that are not."""
+        return {name: group for name, group in self.params.items() if (name in self.trained) is trained}
+
+    def mask(self) -> Tree:
+        """True at each frozen leaf."""
+        return {name: jax.tree.map(lambda _, name=name: name not in self.trained, g) for name, g in self.params.items()}
+
+    @property
+    def trained_count(self) -> int:
+        """How many numbers are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.part(trained=True)))
+
+
+def _product_flops(layers: int, trained: set[int], width: int, rows: int) -> float:
+    """Forward through all layers, back to the first trained one, and once more for each trained kernel."""
+    back = layers - 1 - min(trained) if trained else 0
+    return 2.0 * rows * width**2 * (layers + back + len(trained))
+
+
+def unrolled(layers: int, width: int, rows: int, trained: set[int], small_leaves: bool) -> Workload:
+    """Layers one by one: a kernel each, and with `small_leaves` three vectors more, so four leaves a layer."""
+    names = [f"layer_{i:05d}" for i in range(layers)]
+    keys = jax.random.split(jax.random.key(0), layers)
+    shape = (width, width)
+
+    def group(key: Any) -> Tree:
+        kernel = jax.random.normal(key, shape) / width**0.5
+        vectors = {"bias": jnp.zeros(width), "scale": jnp.ones(width), "shift": jnp.zeros(width)}
+        return {"kernel": kernel} | (vectors if small_leaves else {})
+
+    def loss(params: Tree, x: Any) -> Any:
+        for name in names:
+            group = params[name]
+            x = x @ group["kernel"]
+            x = jnp.tanh(x + group["bias"]) * group["scale"] + group["shift"] if small_leaves else jnp.tanh(x)
+        return jnp.mean(x**2)
+
+    return Workload(
+        title=f"{layers:,} layers of {width} x {width}",
+        params={name: group(key) for name, key in zip(names, keys, strict=True)},
+        loss=loss,
+        batch=jnp.ones((rows, width)),
+        trained=frozenset(names[i] for i in trained),
+        matmuls=_product_flops(layers, trained, width, rows),
+    )
+
+
+def scanned(layers: int, width: int, rows: int, rank: int) -> Workload:
+    """One `scan` over stacked layers, each with a frozen kernel and a trained pair of low rank."""
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def loss(params: Tree, x: Any) -> Any:
+        def layer(x: Any, group: Tree) -> Any:
+            return jnp.tanh(x @ group["kernel"] + (x @ group["lora_a"]) @ group["lora_b"]), None
+
+        return jnp.mean(jax.lax.scan(layer, x, params)[0] ** 2)
+
+    return Workload(
+        title=f"scan over {layers} stacked layers of {width} x {width}, adapters of rank {rank} trained",
+        params={
+            "kernel": jax.random.normal(keys[0], (layers, width, width)) / width**0.5,
+            "lora_a": jax.random.normal(keys[1], (layers, width, rank)) / width**0.5,
+            "lora_b": jnp.zeros((layers, rank, width)),
+        },
+        loss=loss,
+        batch=jnp.ones((rows, width)),
+        trained=frozenset({"lora_a", "lora_b"}),
+        matmuls=None,  # XLA counts the body of a loop once
+    )
+
+
+def require_flops(workload: Workload, flops: float) -> None:
+    """Raise where what XLA counts for the hand-written step is not what it costs on paper."""
+    if workload.matmuls is None:
+        return
+    numbers = workload.batch.size * len(workload.params)
+    elementwise = 60 * workload.trained_count + 60 * numbers  # Adam, clipping, activations: far below a product
+    if not workload.matmuls <= flops <= workload.matmuls + elementwise:
+        raise ValueError(
+            f"{workload.title}: the matrix products of a step are {workload.matmuls:.4g} FLOPs, all else at most "
+            f"{elementwise:.4g}, and XLA counts {flops:.4g}. Are the layers where the names say?"
+        )
