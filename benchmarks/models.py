@@ -79,7 +79,7 @@ def _language_model(
         return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), tokens).mean()
 
     batch = jax.ShapeDtypeStruct((DEVICES, TOKENS), jnp.int32)
-    return Workload(title, params, loss, batch, frozenset({"adapters"}), matmuls=None)
+    return Workload(title, params, loss, batch, frozenset({"adapters"}), products=None, product_flops=0.0)
 
 
 def _feed(x: Any, group: Tree) -> Any:
