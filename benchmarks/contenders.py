@@ -171,5 +171,7 @@ if (partial_updates := _partial_updates()) is not None:
         w, partial_updates(tx, jax.tree.map(lambda frozen: not frozen, w.mask()))
     )
 
+CONTENDERS["nothing frozen"] = CONTENDERS.pop("nothing frozen")  # the last one, whoever is installed
+
 # What moves a frozen leaf, or may: zeroing the gradients does not stop weight decay.
 MOVES = {"chain(masked(set_to_zero), tx)", "nothing frozen"}

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import random
 import re
 import statistics
 import subprocess
@@ -72,16 +73,20 @@ def runner(contender: Contender, batch: Any, donate: bool = False) -> Callable[[
 
 
 def stepping(runners: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Steps of each, in turn, so that whatever else the machine does falls on all of them."""
-    for run in runners.values():
-        run()
-        run()
+    """Steps of each, in turn, so that whatever else the machine does falls on all of them.
+
+    The order changes from round to round, and only the second of two steps counts: what ran before leaves the caches to
+    the first.
+    """
     times: dict[str, list[float]] = {name: [] for name in runners}
-    gc.collect()
-    for _ in range(rounds):
-        for name, run in runners.items():
-            times[name].append(run())
-    return times
+    order, shuffle = list(runners), random.Random(0).shuffle
+    for _ in range(rounds + 1):  # the first round compiles
+        shuffle(order)
+        gc.collect()
+        for name in order:
+            runners[name]()
+            times[name].append(runners[name]())
+    return {name: each[1:] for name, each in times.items()}
 
 
 def collectives(program: str) -> tuple[int, int]:

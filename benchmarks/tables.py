@@ -1,5 +1,6 @@
 """The results as tables of ratios, on the terminal and in the README."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,16 +17,16 @@ MEASURES = {
 }
 NAMES = {  # how the README calls them
     "limit": "the limit, by hand",
-    "fo.jit": "`fo.jit`, `fo.value_and_grad`, `fo.with_frozen`, `fo.apply_updates`",
-    "fo.jit, optax.apply_updates": "the same with `optax.apply_updates`",
-    "fo.value_and_grad": "the same with `jax.jit`",
-    "fo.with_frozen": "`fo.with_frozen`, `jax.grad`, `jax.jit`",
+    "fo.jit": "**this library**, as in the first example",
+    "fo.jit, optax.apply_updates": "with `optax.apply_updates`",
+    "fo.value_and_grad": "with `jax.jit`",
+    "fo.with_frozen": "with `jax.jit` and `jax.grad`",
     "chain(tx, fo.freeze)": "`optax.chain(tx, fo.freeze(...))`",
     "fo.restore": "`fo.restore` after the step",
     "chain(tx, optax.freeze)": "`optax.chain(tx, optax.freeze(...))`",
     "chain(masked(set_to_zero), tx)": "`optax.chain(optax.masked(set_to_zero(), ...), tx)`",
     "optax.selective_transform": "`optax.selective_transform`",
-    "chain(clip, optax.selective_transform)": "the same, clipping outside of it",
+    "chain(clip, optax.selective_transform)": "`optax.selective_transform`, clipping outside of it",
     "eqx.partition": "Equinox, `eqx.partition`",
     "nnx.DiffState": "Flax NNX, `DiffState` and `wrt`",
     "kauldron partial_updates": "kauldron, `partial_updates`",
@@ -80,6 +81,10 @@ def absolute(measure: str, value: float) -> str:
     return f"{value:.3g} {prefix}{'' if measure == 'flops' else 'B'}".rstrip()
 
 
+def _bytes(value: float) -> str:
+    return absolute("bytes", value)
+
+
 def _markdown(head: Row, rows: list[Row]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("|  |", "| |")
@@ -117,50 +122,46 @@ def optimizers(results: dict[str, Any]) -> str:
     """How many optimizers each way of freezing fails."""
     kinds = {"moves": "frozen leaves move", "steered": "frozen gradients steer", "raises": "raises"}
     found = results["optimizers"]
-    rows = [[f"`{way}`", *(str(len(names[kind])) for kind in kinds)] for way, names in found.items()]
+    rows = [
+        [re.sub(r"^(\S+)", r"`\1`", way), *(str(len(names[kind])) for kind in kinds)] for way, names in found.items()
+    ]
     return _markdown(["", *kinds.values()], rows)
 
 
 def scale(results: dict[str, Any]) -> str:
     """What changes with leaves and layers, and what it is on many devices."""
-    sections, today = results["sections"], "optax.selective_transform"
-    rows = [
-        ("step, 100 leaves", "leaves 100", "step"),
-        ("step, 10,000 leaves", "leaves 10000", "step"),
-        ("lower + compile, 10,000 leaves", "leaves 10000", "compile"),
-        ("step, 100 MB, the first layer trained", "large first", "step"),
-        ("step, 100 MB, donated", "large donated", "step"),
-        ("step, 100 MB, `optax.MultiSteps`", "large accumulated", "step"),
-        ("step, `scan` over stacked layers with adapters", "scan", "step"),
-        *(
-            (f"step, 1,000 leaves, {float(key.split()[1]):.1%} frozen", key, "step")
-            for key in sections
-            if "share" in key
-        ),
-    ]
-    lines = [
-        [text, *(shown(ratio(sections[key], name, measure)) for name in ("fo.jit", today))]
-        for text, key, measure in rows
-    ]
-    grown = results["memory"]
-    peak = lambda name: (grown[name]["held"] + grown[name]["grown"]) / sum(grown["limit"].values())
-    lines.append(["peak process memory, 100 MB", shown(peak("fo.jit")), shown(peak(today))])
+    sections, shown_names = results["sections"], ("fo.jit", "optax.selective_transform", "chain(tx, optax.freeze)")
+    steps = {
+        "step, 100 leaves": "leaves 100",
+        "step, 10,000 leaves": "leaves 10000",
+        "step, 100 MB, the first layer trained": "large first",
+        "step, 100 MB, donated": "large donated",
+        "step, 100 MB, `optax.MultiSteps`": "large accumulated",
+        "step, `scan` over stacked layers with adapters": "scan",
+        **{f"step, 1,000 leaves, {float(k.split()[1]):.1%} frozen": k for k in sections if k.startswith("share")},
+    }
+    lines = []
+    for text, key in steps.items():
+        known = sections[key]["contenders"]
+        lines.append([text, *(shown(ratio(sections[key], n, "step") if n in known else None) for n in shown_names)])
+    peak = {name: each["held"] + each["grown"] for name, each in results["memory"].items()}
+    lines.append(["peak process memory, 100 MB", *(shown(peak[name] / peak["limit"]) for name in shown_names)])
     for way, found in results["communication"].items():
-        less = lambda name, found=found: shown(found[name]["bytes"] / found["limit"]["bytes"])
-        lines.append([f"bytes communicated, 8 devices, {way}", less("fo.jit"), less(today)])
-    return _markdown(["", NAMES["fo.jit"], NAMES[today]], lines)
+        each = (shown(found[name]["bytes"] / found["limit"]["bytes"]) for name in shown_names)
+        lines.append([f"bytes communicated on 8 devices, {way}", *each])
+    return _markdown(["", *(NAMES[name] for name in shown_names)], lines)
 
 
 def models(results: dict[str, Any]) -> str:
     """Bytes on each of 256 devices."""
     rows = []
     for title, model in results["models"].items():
+        count = f"{title}, {model['weights'] / 1e9:.1f} billion frozen, {model['trained'] / 1e6:.0f} million trained"
         for kind in ("kept", "donated"):
             for name, figures in model[kind].items():
-                new = figures["out"] - figures["aliased"]
-                what = f"{NAMES[name]}{', donated' if kind == 'donated' else ''}"
-                rows.append([title, what, *(absolute("bytes", v) for v in (figures["in"], new, figures["temporary"]))])
-    return _markdown(["", "", "parameters and state", "written anew", "temporary"], rows)
+                sizes = (figures["in"], figures["out"] - figures["aliased"])
+                rows.append([count, f"{NAMES[name]}{', donated' * (kind == 'donated')}", *map(_bytes, sizes)])
+    return _markdown(["", "", "parameters and state", "written anew at a step"], rows)
 
 
 def environment(results: dict[str, Any]) -> str:

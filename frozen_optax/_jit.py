@@ -23,10 +23,13 @@ from frozen_optax._rows import Row, as_row, from_row, is_kept, leave_out, put_to
 from frozen_optax._selection import Selection, Selector, frozen_selector
 from frozen_optax._trees import (
     PyTree,
+    Resolution,
     describe,
+    is_hole,
     is_traced,
     join,
     keystr,
+    leaves_if,
     require_alive,
 )
 
@@ -139,6 +142,7 @@ class Step:
         if 0 in self._static[0]:
             raise ValueError("the first argument holds the parameters, so it cannot be static.")
         self._sharded: dict[Any, Any] = {}
+        self._last: Resolution | None = None
         self._jitted = self._jit()
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -203,8 +207,12 @@ class Step:
             name = getattr(self._fun, "__name__", repr(self._fun))
             raise TypeError(f"{name} takes the parameters as its first argument, and was called without.")
         first = args[0]
-        leaves, treedef = jax.tree.flatten(first)
-        resolution = self._selector._resolve_flat(first, leaves, treedef)
+        resolution = self._last  # in training the next tree is like the last one
+        leaves = leaves_if(resolution.treedef, first) if resolution else None
+        if resolution is None or leaves is None:
+            leaves, treedef = jax.tree.flatten(first)
+            resolution = self._selector._resolve_flat(first, leaves, treedef)
+            self._last = resolution if self._selector._reads == 0 else None
         return *take_apart(resolution, leaves), args[1:], kwargs
 
     def _donations(self, others: Row, args: Any, kwargs: Any, skipped: set[int]) -> dict[str, PyTree]:
@@ -237,7 +245,7 @@ class Step:
 
     def _from_rows(self, frozen: Sequence[Any], result: Any) -> PyTree:
         if self._returns_tree:
-            result = as_row(*jax.tree.flatten(result, is_leaf=is_kept), len(frozen))
+            result = as_row(*jax.tree.flatten(result, is_leaf=lambda x: is_kept(x) or is_hole(x)), len(frozen))
         return from_row(frozen, result)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:

@@ -174,6 +174,15 @@ def up_to(treedef: Any, tree: PyTree, name: str, other: str = "the parameters") 
             ) from None
 
 
+def leaves_if(treedef: Any, tree: PyTree) -> list[Any] | None:
+    """The leaves of a tree if it has that structure: half the time of flattening it and looking its structure up."""
+    try:
+        leaves = treedef.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        return None
+    return leaves if jax.tree_util.all_leaves(leaves) else None
+
+
 def require_same_structure(tree: PyTree, reference: PyTree, name: str, other: str) -> None:
     """Raise, with the path, where a tree has another structure than a reference."""
     treedef, expected = jax.tree.structure(tree), jax.tree.structure(reference)

@@ -95,10 +95,13 @@ def test_no_frozen_gradient_is_communicated():
 
 def test_steps_go_on_from_each_other_in_turn():
     order = []
-    runners = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
-    times = stepping(runners, 3)
-    assert "".join(order) == "aabb" + "ab" * 3
-    assert times == {"a": [5, 7, 9], "b": [6, 8, 10]}
+    runners = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    times = stepping(runners, 20)
+    turns = ["".join(order[i : i + 6]) for i in range(0, len(order), 6)]
+    assert len(turns) == 21
+    assert all(turn[::2] == turn[1::2] and len(set(turn)) == 3 for turn in turns)
+    assert len(set(turns)) > 3  # the order changes
+    assert times["a"] == [1 + i for i in range(len(order)) if order[i] == "a" and i % 2 and i > 5]
     assert spread([1.0]) == {"median": 1, "low": 1, "high": 1, "runs": 1}
     workload = WORKLOADS["kernels"]()
     contender = CONTENDERS["limit"](workload, optax.adamw(1e-2))
