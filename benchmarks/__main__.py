@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import tables
-from benchmarks.suite import full, quick, run
+from benchmarks.measures import elsewhere
+from benchmarks.suite import PARTS, full, quick, run
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -45,7 +46,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         for name, figures in found.items():
             table.add_row(name, *map(str, figures.values()))
         console.print(table)
-    for block in (tables.models, tables.optimizers):
+    for block in (tables.models, tables.optimizers, tables.fingerprints):
         if block.__name__ in results:
             console.print(block(results), highlight=False)
 
@@ -71,11 +72,15 @@ def main() -> None:
     parser.add_argument(
         "--readme", action="store_true", help="measure nothing: fill the README from results.json again"
     )
+    parser.add_argument("--part", choices=PARTS, help="measure this alone anew, and keep the rest of results.json")
     args = parser.parse_args()
     folder = args.out or (HERE / "quick" if args.quick else HERE / "results")
     folder.mkdir(parents=True, exist_ok=True)
     path, console = folder / "results.json", Console(width=150)
-    if not args.readme:
+    if args.part:
+        results = json.loads(path.read_text()) | elsewhere(f"benchmarks.{args.part}")
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    elif not args.readme:
         start = time.perf_counter()
         results = run(quick() if args.quick else full(), progress(console))
         results["minutes"] = round((time.perf_counter() - start) / 60, 1)

@@ -191,7 +191,7 @@ def main() -> None:
             "kept": {name: compiled(workload, name, mesh, donate=False) for name in KEPT},
             "donated": {name: compiled(workload, name, mesh, donate=True) for name in DONATED},
         }
-    print(json.dumps(found))
+    print(json.dumps({"models": found}))
 
 
 if __name__ == "__main__":

@@ -164,6 +164,19 @@ def models(results: dict[str, Any]) -> str:
     return _markdown(["", "", "parameters and state", "written anew at a step"], rows)
 
 
+def fingerprints(results: dict[str, Any]) -> str:
+    """What a fingerprint takes beside a plain read."""
+    rows = [
+        [
+            f"`{dtype}`",
+            f"{_median(each['fingerprint']) * 1e3:.0f} ms",
+            shown(_median(each["fingerprint"]) / _median(each["read"])),
+        ]
+        for dtype, each in results["fingerprints"].items()
+    ]
+    return _markdown(["", "`fo.fingerprint` of 100 MB", "ratio to `jnp.sum`"], rows)
+
+
 def environment(results: dict[str, Any]) -> str:
     """Where the figures come from."""
     found = results["environment"]
@@ -171,7 +184,9 @@ def environment(results: dict[str, Any]) -> str:
     return f"Measured with {versions}; {found['device']}, {found['cores']} cores, {found['processor']}."
 
 
-BLOCKS = {block.__name__: block for block in (costs, clipped, ways, optimizers, scale, models, environment)}
+BLOCKS = {
+    block.__name__: block for block in (costs, clipped, ways, optimizers, scale, models, fingerprints, environment)
+}
 
 
 def fill(text: str, results: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Exact freezing for JAX and Optax: frozen leaves keep their bits, with any optimizer."""
 
 from frozen_optax._assertions import assert_frozen, assert_trees_bit_identical
+from frozen_optax._fingerprints import assert_fingerprint, fingerprint, watch_fingerprint
 from frozen_optax._jit import jit
 from frozen_optax._optimizer import with_frozen
 from frozen_optax._partition import combine, partition
@@ -13,12 +14,14 @@ from frozen_optax._transforms import freeze, freeze_all, freeze_by_path
 __all__ = [
     "Selector",
     "apply_updates",
+    "assert_fingerprint",
     "assert_frozen",
     "assert_trees_bit_identical",
     "by_mask",
     "by_path",
     "by_predicate",
     "combine",
+    "fingerprint",
     "freeze",
     "freeze_all",
     "freeze_by_path",
@@ -29,5 +32,6 @@ __all__ = [
     "summary",
     "value_and_grad",
     "value_and_grad_from_state",
+    "watch_fingerprint",
     "with_frozen",
 ]

@@ -1,6 +1,7 @@
 """The benchmark suite measures what it says: contenders train alike, figures agree with paper, the README with both."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from benchmarks.contenders import CONTENDERS, MOVES
 from benchmarks.isolated import communication
 from benchmarks.measures import compiling, nbytes, runner, spread, stepping
 from benchmarks.plots import draw
-from benchmarks.suite import Plan, Section, clipped, full, quick, run, share, small
+from benchmarks.suite import PARTS, Plan, Section, clipped, full, quick, run, share, small
 from benchmarks.workloads import require_products, scanned, unrolled
 
 ROOT = Path(__file__).parent.parent
@@ -118,8 +119,7 @@ def test_a_small_plan_from_end_to_end(tmp_path, capsys):
         ],
         memory=["fo.jit"],
         communication=["limit"],
-        models=False,
-        claims=False,
+        parts=[],
         width=16,
     )
     done = []
@@ -132,7 +132,9 @@ def test_a_small_plan_from_end_to_end(tmp_path, capsys):
 
 
 def test_the_full_plan_and_the_quick_one_name_contenders_that_exist():
+    assert all(importlib.util.find_spec(f"benchmarks.{part}") for part in PARTS)
     for plan in (full(), quick()):
+        assert set(plan.parts) <= set(PARTS)
         named = {*plan.memory, *plan.communication}.union(*(section.names for section in plan.sections))
         assert named <= set(CONTENDERS)
         assert set(CONTENDERS) | {"torch requires_grad_"} <= set(tables.NAMES) | {"kauldron partial_updates"}
