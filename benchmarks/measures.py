@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from benchmarks.contenders import Contender
 
@@ -58,6 +59,8 @@ def compiling(contender: Contender, batch: Any, donate: bool = False) -> tuple[A
 def _reach(tree: Any, path: tuple[Any, ...]) -> Any:
     """The leaf at a path."""
     for key in path:
+        if isinstance(tree, nnx.Variable):
+            return jax.tree.leaves(tree)[0]
         if isinstance(key, jax.tree_util.GetAttrKey):
             tree = getattr(tree, key.name)
         else:
