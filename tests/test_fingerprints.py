@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import frozen_optax as fo
+from benchmarks.measures import collectives
 from frozen_optax import _fingerprints
 
 DTYPES = [
@@ -49,8 +50,9 @@ def test_dtypes_that_only_the_host_has():
         values = np.arange(4).astype(dtype)
         assert digest(values) == digest(values.copy()) != digest(values[::-1].copy())
     assert digest(2.0) == digest(np.float64(2)) != digest(2)
-    six = jnp.asarray(np.arange(4).astype(ml_dtypes.float6_e2m3fn))
-    assert digest(six) == digest(np.asarray(six))
+    if hasattr(jnp, "float6_e2m3fn"):  # a dtype of newer versions of jax
+        six = jnp.asarray(np.arange(4).astype(ml_dtypes.float6_e2m3fn))
+        assert digest(six) == digest(np.asarray(six))
 
 
 def test_prng_keys_and_leaves_without_elements_or_axes():
@@ -112,12 +114,13 @@ def test_a_thousand_random_changes_are_all_seen():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_sharding_does_not_count_and_nothing_is_gathered(spec, dtype):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
-    x = make(dtype, (16, 8))
+    x = make(dtype, (64, 80))
     sharded = jax.device_put(x, NamedSharding(mesh, spec))
     assert digest(sharded) == digest(x)
     program = _fingerprints._sums_on_device.lower(sharded).compile().as_text()
-    assert "all-gather" not in program
-    assert "all-reduce" in program
+    count, received = collectives(program)
+    assert count > 0
+    assert received <= 8 * 8 * count  # a pair of sums from each device, and nothing of the leaf
 
 
 def test_another_process_finds_the_same():
