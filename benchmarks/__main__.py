@@ -1,7 +1,8 @@
-"""The benchmark suite: `python -m benchmarks`, less than twenty minutes on two cores, `--quick` less than two.
+"""The benchmark suite: `python -m benchmarks`, about twenty minutes on two cores, `--quick` less than two.
 
 What holding a part of a model still costs, with this library and with its peers, as ratios to the limit: a step written
-by hand for the trained part alone. All contenders run side by side in one process, in turn.
+by hand for the trained part alone. All contenders run side by side in one process, in turn. A full run rewrites the
+README's figures. It needs `pip install -e '.[benchmarks]'`.
 """
 
 import argparse

@@ -104,7 +104,7 @@ SHARES = (0, 0.5, 0.9, 0.99, 0.999)
 
 
 def full() -> Plan:
-    """Everything, in less than twenty minutes on two cores."""
+    """Everything, in about twenty minutes on two cores."""
     everyone = list(c.CONTENDERS)
     return Plan(
         [

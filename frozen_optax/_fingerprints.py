@@ -8,6 +8,7 @@ and the digest is the same on any number of devices and on the host, where numpy
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen_optax import _bits
-from frozen_optax._globs import nearest_paths
 from frozen_optax._selection import Selection, frozen_selector
 from frozen_optax._trees import PyTree, describe, is_traced, paths_of, require_alive
 
@@ -156,21 +156,27 @@ def _rows(tree: PyTree, fingerprint: Mapping[str, str]) -> list[_Row]:
     """The leaves that a fingerprint knows, one by one; an error where they are not there, or of another kind."""
     if not isinstance(fingerprint, Mapping):
         raise TypeError(f"a fingerprint is what fingerprint(...) returned, found {type(fingerprint).__name__}.")
+    for path, entry in fingerprint.items():
+        if not isinstance(entry, str) or not all(map(_DIGEST.fullmatch, entry.split(", "))):
+            raise ValueError(
+                f"{entry!r} at {path!r} is no digest. assert_fingerprint takes the tree first, and then what "
+                "fingerprint(...) returned."
+            )
     leaves: dict[str, list[Any]] = {}
     for path, leaf in zip(paths_of(tree), jax.tree.leaves(tree), strict=True):
         leaves.setdefault(path, []).append(leaf)
     rows, faults = [], []
     for path, entry in fingerprint.items():
         if path not in leaves:
+            close = difflib.get_close_matches(path, leaves, n=3, cutoff=0)
             raise ValueError(
-                f"the fingerprint has {path!r}, and the tree none. {nearest_paths(path, tuple(leaves), None)}".rstrip()
+                f"the fingerprint has {path!r}, and the tree has none. The nearest paths are "
+                f"{', '.join(map(repr, close))}. Pass the tree that it was taken of, the parameters and not a state."
             )
         digests = entry.split(", ")
         if len(digests) != len(leaves[path]):
             raise ValueError(f"the fingerprint has {len(digests)} leaves at {path!r}, the tree {len(leaves[path])}.")
         for leaf, digest in zip(leaves[path], digests, strict=True):
-            if not _DIGEST.fullmatch(digest):
-                raise ValueError(f"the fingerprint of {path!r} cannot be read: {digest!r}.")
             require_alive(path, leaf)
             if digest.rpartition(" ")[0] != _kind(leaf):
                 faults.append((path, f"{digest.rpartition(' ')[0]} became {_kind(leaf)}"))

@@ -24,7 +24,6 @@ from frozen_optax._selection import Selection, Selector, frozen_selector
 from frozen_optax._trees import (
     PyTree,
     Resolution,
-    describe,
     is_hole,
     is_traced,
     join,
@@ -205,7 +204,7 @@ class Step:
             kwargs = {key: value for key, value in kwargs.items() if key != name}
         if not args:
             name = getattr(self._fun, "__name__", repr(self._fun))
-            raise TypeError(f"{name} takes the parameters as its first argument, and was called without.")
+            raise TypeError(f"{name} takes the parameters as its first argument, and was called without one.")
         first = args[0]
         resolution = self._last  # in training the next tree is like the last one
         leaves = leaves_if(resolution.treedef, first) if resolution else None
@@ -323,9 +322,11 @@ def jit(
       >>> new["base"] is params["base"], float(new["scale"])
       (True, 2.5)
     """
+    if fun is not None and not callable(fun):
+        raise TypeError(f"jit takes a function, found {fun!r}. What is frozen goes by name: jit(step, frozen={fun!r}).")
+    if where is not None and not callable(where):
+        raise TypeError(f"where= is a function, found {where!r}. Write where=lambda state: state.params.")
     selector = frozen_selector(frozen, trainable)
     if fun is None:
         return lambda fun: jit(fun, frozen=selector, where=where, **options)
-    if not callable(fun):
-        raise TypeError(f"jit takes a function, found {describe(fun)}: write jit(step, frozen={fun!r}).")
     return Step(fun, selector, where, options)

@@ -114,8 +114,8 @@ def value_and_grad(
       holomorphic: whether `fun` is promised to be holomorphic.
       trainable: what is not frozen, instead.
       holes: leave a hole (`optax.MaskedNode`) for each frozen leaf instead of a zero. Zeros that leave a compiled
-        function, or are carried through a `scan`, become arrays that take memory; holes do not, and every function
-        here accepts them.
+        function, or are carried through a `scan`, become arrays that take memory; holes do not. Every function here
+        accepts them, and `with_frozen` outermost; optax's own wrappers around it do not.
 
     Returns:
       A function of the arguments of `fun` that returns what `jax.value_and_grad(fun, ...)` does.
