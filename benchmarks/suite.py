@@ -110,6 +110,7 @@ def full() -> Plan:
         [
             Section("leaves 100", small(25), everyone, compilations=3, rounds=100, reference=True),
             Section("leaves 1000", small(250), everyone, compilations=3, rounds=60, reference=True),
+            Section("leaves 1000 donated", small(250), FAST, rounds=40, donate=True),
             Section("leaves 10000", small(2500), FEW, rounds=15),
             Section("large last", large({23}), everyone, compilations=3, rounds=30, reference=True),
             Section("large middle", large({12}), LEAN),

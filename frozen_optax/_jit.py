@@ -140,8 +140,14 @@ class Step:
         self._static, self._donated = (signature.complete(*said(kind)) for kind in ("static", "donate"))
         if 0 in self._static[0]:
             raise ValueError("the first argument holds the parameters, so it cannot be static.")
+        if any(self._donated) and not self._options.setdefault("keep_unused", True):
+            raise ValueError(
+                "keep_unused=False together with donation: a frozen leaf that the program does not read could share a "
+                "buffer with a donated one, and nothing would notice. Leave keep_unused out."
+            )
         self._sharded: dict[Any, Any] = {}
         self._last: Resolution | None = None
+        self._checked: Resolution | None = None  # the one whose first call had no buffer at two places
         self._jitted = self._jit()
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -167,8 +173,6 @@ class Step:
         for option in ("static_argnums", "donate_argnums"):
             if numbers := options.get(option):
                 options[option] = [number + 1 if number >= 0 else number for number in numbers]
-        if any(self._donated):  # a frozen leaf that the program does not read could share a buffer with a donated one
-            options.setdefault("keep_unused", True)
         return jax.jit(of_rows, **options)
 
     @property
@@ -225,17 +229,19 @@ class Step:
     def _call(self, compiled_for: Callable[..., Any], args: Any, kwargs: Any, skipped: set[int]) -> Any:
         """One step, by a compiled function that takes all arguments but those skipped."""
         frozen, others, args, kwargs = self._rows(args, kwargs)
-        donated = self._donations(others, args, kwargs, skipped)
-        if donated and not set(map(id, jax.tree.leaves(donated))).isdisjoint(map(id, frozen.leaves)):
-            _refuse_shared(frozen, donated, lambda leaf: {id(leaf)})
+        if any(self._donated) and frozen.form is not self._checked:
+            # The runtime sees it at any call. Here it is seen before the first compilation, and before the runtime has
+            # begun on some of several devices: after that, jax 0.7.0 can wait for the others for ever.
+            _refuse_shared(frozen, self._donations(others, args, kwargs, skipped), lambda leaf: {id(leaf)})
+            self._checked = frozen.form
         try:
             result = compiled_for(frozen, others)(frozen, others, *args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter from a step that was compiled ahead of time
             if "deleted" in str(error):  # say which leaf it was
                 for path, leaf in zip(frozen.paths, frozen.leaves, strict=True):
                     require_alive(path, leaf)
-            if isinstance(error, jax.errors.JaxRuntimeError):
-                _refuse_shared(frozen, donated, _buffers)  # two arrays can share a buffer
+            if "donate" in str(error):
+                _refuse_shared(frozen, self._donations(others, args, kwargs, skipped), _buffers)
             raise
         return self._from_rows(frozen.leaves, result)
 

@@ -310,9 +310,8 @@ class _Not(Selector):
         return ~self.part._select(view)
 
     def _resolve_flat(self, tree: PyTree, leaves: list[Any], treedef: Any) -> Resolution:
-        return self.part._resolve_flat(
-            tree, leaves, treedef
-        ).complement  # remembered there: `trainable=` makes a new negation at each use
+        # Remembered there, as `trainable=` makes a new negation at each use.
+        return self.part._resolve_flat(tree, leaves, treedef).complement
 
     def __invert__(self) -> Selector:
         return self.part

@@ -175,7 +175,7 @@ def up_to(treedef: Any, tree: PyTree, name: str, other: str = "the parameters") 
 
 
 def leaves_if(treedef: Any, tree: PyTree) -> list[Any] | None:
-    """The leaves of a tree if it has that structure: half the time of flattening it and looking its structure up."""
+    """The leaves of a tree if it has that structure: cheaper than to flatten it and to look its structure up."""
     try:
         leaves = treedef.flatten_up_to(tree)
     except (ValueError, TypeError):

@@ -253,6 +253,15 @@ def test_a_watch_looks_at_every_nth_call_one_check_late():
         fo.watch_fingerprint(found, every=0)
 
 
+def test_a_watch_takes_python_numbers_and_host_arrays():
+    params = {"encoder": {"scale": 0.5, "table": np.arange(3)}}
+    check = fo.watch_fingerprint(fo.fingerprint(params, "**"), every=1)
+    check(params)
+    check({"encoder": {"scale": 0.5, "table": np.arange(1, 4)}})
+    with pytest.raises(AssertionError, match=r"(?s)at call 2: 1 of 2 leaves.*encoder/table: int64\[3\] \w+ became"):
+        check.finish()
+
+
 def test_a_watch_reads_what_the_next_step_overwrites():
     tx = fo.with_frozen(optax.sgd(0.1), "encoder")
     params = {"encoder": jnp.ones(1000), "head": jnp.ones(1000)}
