@@ -5,6 +5,7 @@ from frozen_optax._fingerprints import assert_fingerprint, fingerprint, watch_fi
 from frozen_optax._jit import jit
 from frozen_optax._optimizer import with_frozen
 from frozen_optax._partition import combine, partition
+from frozen_optax._proofs import assert_step_freezes, assert_update_freezes
 from frozen_optax._report import summary
 from frozen_optax._restoring import restore
 from frozen_optax._selection import Selector, by_mask, by_path, by_predicate
@@ -16,7 +17,9 @@ __all__ = [
     "apply_updates",
     "assert_fingerprint",
     "assert_frozen",
+    "assert_step_freezes",
     "assert_trees_bit_identical",
+    "assert_update_freezes",
     "by_mask",
     "by_path",
     "by_predicate",

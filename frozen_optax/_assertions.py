@@ -48,7 +48,7 @@ def _show(leaf: Any, pattern: np.ndarray, index: tuple[int, ...]) -> str:
     return digits if _bits.is_key(leaf) else f"{np.asarray(leaf)[index]} ({digits})"
 
 
-def _difference(left: Any, right: Any) -> str | None:
+def difference(left: Any, right: Any) -> str | None:
     """How two leaves of one kind, whose values are known, differ, or None."""
     if not _has_bits(left):
         same = left is right or np.array_equal(left, right)
@@ -90,11 +90,11 @@ def _assert_bits(rows: Sequence[tuple[str, Any, Any]], claim: str, kind: Callabl
 
     report(lambda left, right: f"{kind(left)} became {kind(right)}" if kind(left) != kind(right) else None, rows)
     known = [row for row in rows if not (is_traced(row[1]) or is_traced(row[2]))]
-    report(lambda left, right: None if _has_bits(left) else _difference(left, right), known)
+    report(lambda left, right: None if _has_bits(left) else difference(left, right), known)
     try:
         chex.assert_trees_all_equal(bits(known, 1), bits(known, 2))
     except AssertionError:
-        report(_difference, known)  # the same, leaf by leaf
+        report(difference, known)  # the same, leaf by leaf
         raise
     traced = [row for row in rows if is_traced(row[1]) or is_traced(row[2])]
     if traced:  # checked when the traced function has run
@@ -146,7 +146,7 @@ def _moved(left: Any, right: Any) -> Any:
         return True
     if is_traced(left) or is_traced(right):
         return jnp.any(jnp.asarray(_as_bits(left) != _as_bits(right)))
-    return _difference(left, right) is not None
+    return difference(left, right) is not None
 
 
 def assert_frozen(

@@ -30,9 +30,13 @@ def _each(function: Callable[..., Any], params: Any, *rest: Any) -> Any:
     return function(params, *rest)
 
 
+def trees_of(params: Any) -> tuple[Any, ...]:
+    """The trees of parameters: both of `optax.lookahead`, the one that gradients are of first."""
+    return tuple(params) if isinstance(params, optax.LookaheadParams) else (params,)
+
+
 def _one(params: Any) -> Any:
-    """The tree of parameters that gradients are of."""
-    return params.fast if isinstance(params, optax.LookaheadParams) else params
+    return trees_of(params)[0]
 
 
 def _pieces(resolution: Resolution, tree: Any) -> list[Any] | None:
@@ -115,7 +119,7 @@ def _cut_extra_args(resolution: Resolution, params: list[Any] | None, extra_args
     }
 
 
-def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+def with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     """`optax.with_extra_args_support`, by what `update` takes and not by class: `optax.MultiSteps` takes them, too."""
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
         raise TypeError(
@@ -180,7 +184,7 @@ def with_frozen(
       [-0.0, 1.0]
     """
     selector = frozen_selector(frozen, trainable)
-    inner = _with_extra_args(optimizer)
+    inner = with_extra_args(optimizer)
     structures: dict[Any, Any] = {}  # (the trainable part's, a stored state's) -> that state's as `inner` made it
 
     def store(resolution: Resolution, state: Any) -> Any:

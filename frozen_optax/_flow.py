@@ -1,0 +1,463 @@
+"""What the results of a traced program are, whatever its inputs: constants, inputs handed through, or what they read.
+
+An abstract interpretation of a jaxpr, array by array. Three things are kept of each, and in doubt each says less:
+
+- `among`: a few numbers, one of which every element is.
+- `same`: the input whose elements these are, moved about or written in another way, and what that may have cost.
+- `reads`: which inputs can have an effect on it, with the way from each.
+
+A primitive that has no rule reads its operands and is nothing in particular: a new one can make a proof fail, and
+cannot make it wrong.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.extend as jex
+import numpy as np
+
+from frozen_optax import _numbers
+from frozen_optax._bits import width
+from frozen_optax._numbers import Among, has_numbers, is_complex, is_float
+
+# What an input can lose by arithmetic that changes nothing. `p + (-0.0)` flushes subnormals and quiets signalling NaNs
+# on some platforms, and `p + 0.0` turns -0.0 into 0.0 as well.
+ODD_BITS, SIGN_OF_ZERO = 1, 2
+
+_MAX_MOVED = 2**24  # elements of an array whose places are followed one by one
+_MAX_MOVES = 64
+
+
+# --- what an array reads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reads:
+    """The inputs that can have an effect on an array, as a set of bits, and through which primitive of which arrays."""
+
+    inputs: int = 0
+    through: str = ""
+    sources: tuple[Reads, ...] = ()
+
+    def trail(self, wanted: int) -> tuple[int, list[str]]:
+        """The nearest of the wanted inputs, of which at least one is read, and the primitives on the way from it."""
+        queue: collections.deque[tuple[Reads, Any]] = collections.deque([(self, None)])
+        seen = {id(self)}
+        while queue:
+            node, way = queue.popleft()
+            if not node.sources and node.inputs & wanted:
+                steps = []
+                while way:
+                    step, way = way
+                    steps.append(step)
+                return node.inputs.bit_length() - 1, steps
+            for source in node.sources:
+                if source.inputs & wanted and id(source) not in seen:
+                    seen.add(id(source))
+                    queue.append((source, (node.through, way) if node.through else way))
+        raise LookupError("none of these inputs is read")
+
+
+NOTHING = Reads()
+
+
+def _reads(through: str, sources: Iterable[Reads]) -> Reads:
+    reading = tuple({id(source): source for source in sources if source.inputs}.values())
+    if not reading:
+        return NOTHING
+    return Reads(functools.reduce(operator.or_, (each.inputs for each in reading)), through, reading)
+
+
+# --- inputs handed through
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moves:
+    """The elements of one array in other places: a primitive that does nothing else, of arrays that are so, too."""
+
+    primitive: str
+    params: dict[str, Any]
+    operands: tuple[Moves | None, ...]  # None is the array itself
+    output: int
+    shape: tuple[int, ...]
+    places: np.ndarray  # of the array itself, where each element stands
+    depth: int
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """Which element of the array itself stands where."""
+        first, *others = [self.places if operand is None else operand.order for operand in self.operands]
+        params = self.params
+        match self.primitive:
+            case "transpose":
+                return first.transpose(params["permutation"])
+            case "rev":
+                return np.flip(first, params["dimensions"])
+            case "slice":
+                steps = params["strides"] or [1] * first.ndim
+                return first[tuple(map(slice, params["start_indices"], params["limit_indices"], steps))]
+            case "concatenate":
+                return np.concatenate([first, *others], params["dimension"])
+            case "stack":
+                return np.stack([first, *others], params["axis"])
+            case "unstack":
+                return np.moveaxis(first, params["axis"], 0)[self.output]
+            case "tile":
+                return np.tile(first, params["reps"])
+            case "split":
+                return np.split(first, np.cumsum(params["sizes"])[:-1], params["axis"])[self.output]
+            case "broadcast_in_dim":
+                axes = dict(zip(params["broadcast_dimensions"], first.shape, strict=True))
+                return np.broadcast_to(first.reshape([axes.get(i, 1) for i in range(len(self.shape))]), self.shape)
+            case _:  # reshape, squeeze, expand_dims
+                return first.reshape(self.shape)
+
+
+_MOVING = {
+    *("reshape", "transpose", "rev", "slice", "squeeze", "expand_dims", "broadcast_in_dim", "concatenate", "split"),
+    *("stack", "unstack", "tile"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Same:
+    """The elements of an input."""
+
+    input: int
+    aval: Any  # of the input
+    moves: Moves | None = None
+    written: tuple[str, ...] = ()  # not as the input has it: "bits", "real", "imag", "cast"
+    costs: int = 0
+
+    def at_cost(self, *costs: int) -> Same:
+        """The same, which may have lost something."""
+        return dataclasses.replace(self, costs=functools.reduce(operator.or_, costs, self.costs))
+
+    @functools.cached_property
+    def order(self) -> np.ndarray | None:
+        """Which element stands where, if that is known."""
+        if self.aval.size > _MAX_MOVED:
+            return None
+        return self.moves.order if self.moves else _places(self.aval.shape)
+
+    def is_like(self, other: Same | None) -> bool:
+        """Whether both are the same elements, in the same places, written in the same way."""
+        if other is None or (self.input, self.written) != (other.input, other.written):
+            return False
+        if self.moves is other.moves:
+            return True
+        return self.order is not None and other.order is not None and np.array_equal(self.order, other.order)
+
+    @property
+    def is_input(self) -> bool:
+        """Whether this is the input, at whatever cost."""
+        return self.is_like(Same(self.input, self.aval))
+
+
+@functools.lru_cache(maxsize=64)
+def _places(shape: tuple[int, ...]) -> np.ndarray:
+    return np.arange(np.prod(shape, dtype=int), dtype=np.int32).reshape(shape)
+
+
+def _moved(eqn: Any, sames: Sequence[Same | None], output: int) -> Same | None:
+    first = sames[0]
+    if first is None or first.aval.size > _MAX_MOVED:
+        return None
+    if not all(same and (same.input, same.written) == (first.input, first.written) for same in sames):
+        return None
+    operands = tuple(same.moves for same in sames if same)
+    depth = 1 + max(moves.depth if moves else 0 for moves in operands)
+    if depth > _MAX_MOVES:
+        return None
+    shape = eqn.outvars[output].aval.shape
+    moves = Moves(eqn.primitive.name, eqn.params, operands, output, shape, _places(first.aval.shape), depth)
+    narrow = is_float(first.aval.dtype) and width(first.aval.dtype) <= 8  # some platforms move them as wider ones
+    costs = [same.costs for same in sames if same]
+    return dataclasses.replace(first, moves=moves).at_cost(*costs, ODD_BITS if narrow else 0)
+
+
+def _converted(same: Same, new: Any) -> Same | None:
+    """An input in another dtype that holds all its numbers, or back in its own."""
+    own = same.aval.dtype
+    if same.written not in ((), ("cast",)) or not (has_numbers(own) and has_numbers(new)):
+        return None
+    if new != own and not np.can_cast(own, new, "safe"):
+        return None
+    written = () if new == own else ("cast",)
+    return dataclasses.replace(same, written=written).at_cost(
+        ODD_BITS if is_float(own) and written != same.written else 0
+    )
+
+
+def _bitcast(same: Same, old: Any, new: Any) -> Same | None:
+    """The bits of an input as numbers of another dtype, or as what they were."""
+    if "cast" in same.written or width(old) != width(new):
+        return None
+    if old == new:
+        return same
+    *rest, last = same.written or ("",)
+    if last != "bits":
+        return dataclasses.replace(same, written=(*same.written, "bits"))
+    own = np.zeros((), same.aval.dtype).real.dtype if rest else same.aval.dtype
+    return dataclasses.replace(same, written=tuple(rest)) if new == own else same
+
+
+def _whole(real: Same | None, imag: Same | None) -> Same | None:
+    """A complex input put together from its parts."""
+    if real is None or imag is None or (real.written, imag.written) != (("real",), ("imag",)):
+        return None
+    real, imag = (dataclasses.replace(part, written=()) for part in (real, imag))
+    return real.at_cost(imag.costs) if real.is_like(imag) else None
+
+
+def _with_nothing_added(name: str, sames: Sequence[Same | None], known: Sequence[Among], dtype: Any) -> Same | None:
+    """An input plus or minus zero, times or over one."""
+    turns = [(sames[0], known[1])] + ([(sames[1], known[0])] if name not in ("sub", "div") else [])
+    for same, other in turns:
+        if same is None or other is None or (same.written[-1:] == ("bits",) and is_float(dtype)):
+            continue
+        costs = ODD_BITS if is_float(same.aval.dtype) and "bits" not in same.written else 0
+        if name in ("mul", "div"):
+            if _numbers.is_one(other, dtype) and not is_complex(dtype):  # x * (1 + 0i) multiplies x by zero as well
+                return same.at_cost(costs)
+        elif _numbers.is_zero(other, dtype):
+            adds = _numbers.after("neg", {}, [other], [dtype], dtype) if name == "sub" else other
+            is_exact = adds is not None and adds <= _numbers.additive_identities(dtype)
+            return same.at_cost(costs, 0 if is_exact or not costs else SIGN_OF_ZERO)
+    return None
+
+
+# --- programs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """What is known of an array."""
+
+    among: Among = None
+    same: Same | None = None
+    reads: Reads = NOTHING
+
+    def agrees(self, other: Value) -> bool:
+        """Whether as much is known of the one as of the other."""
+        if self.same is None or other.same is None:
+            is_same = self.same is other.same
+        else:
+            is_same = self.same.is_like(other.same) and self.same.costs == other.same.costs
+        return is_same and self.among == other.among and self.reads.inputs == other.reads.inputs
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all elements are one known number."""
+        return self.among is not None and len(self.among) <= 1
+
+
+def _settled(aval: Any, value: Value) -> Value:
+    """What is known of an array of this shape and dtype."""
+    if 0 in getattr(aval, "shape", ()):
+        return Value(frozenset(), value.same)
+    among = None if value.among == frozenset() else value.among  # of elements that are not there
+    if among is None and getattr(aval, "dtype", None) == np.bool_:
+        among = _numbers.BOTH
+    value = dataclasses.replace(value, among=among)
+    return dataclasses.replace(value, reads=NOTHING) if value.is_constant else value
+
+
+def _one_of(cases: Sequence[Value], through: str, which: Value | None = None, costs: int = 0) -> Value:
+    """What is known of one of several values, whichever it is."""
+    first, sames = cases[0].same, [case.same for case in cases]
+    among = _numbers.union(case.among for case in cases)
+    if first is not None and all(map(first.is_like, sames)):
+        return Value(among, first.at_cost(costs, *(same.costs for same in sames if same)), cases[0].reads)
+    if len(cases) > 1 and among is not None and len(among) == 1:
+        return Value(among)
+    return Value(among, None, _reads(through, (value.reads for value in (*cases, *([which] if which else ())))))
+
+
+def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+_CALLS = {
+    *("jit", "pjit", "closed_call", "core_call", "core_closed_call", "remat", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+}
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+_HANDING = {
+    *("copy", "copy_p", "optimization_barrier", "device_put", "sharding_constraint", "layout_constraint"),
+    *("reshard", "mesh_cast", "name", "pvary", "pcast"),
+}
+
+
+def _is_seen(eqn: Any) -> bool:
+    """Whether all that an equation does is in its results: no mutable arrays, no calls of the host but to print."""
+    if any("Ref" in type(variable.aval).__name__ for variable in (*eqn.invars, *eqn.outvars)):
+        return False
+    return all("Debug" in type(effect).__name__ for effect in eqn.effects)
+
+
+class Flow:
+    """An interpreter of one program; `is_seen` as long as all that it does is in its results."""
+
+    def __init__(self) -> None:
+        self.is_seen = True
+        self._numbers = itertools.count(-2, -1)  # of what stands for a part of an array: those of no input
+
+    def run(self, jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
+        """What a program returns for these arguments."""
+        jaxpr, consts = _opened(jaxpr)
+        of_array = lambda aval, array: Value(_numbers.of_array(array, getattr(aval, "dtype", None)))
+        known = {v: of_array(v.aval, const) for v, const in zip(jaxpr.constvars, consts, strict=True)}
+        known.update(zip(jaxpr.invars, arguments, strict=True))
+
+        def read(atom: Any) -> Value:
+            return of_array(atom.aval, atom.val) if isinstance(atom, jex.core.Literal) else known[atom]
+
+        for eqn in jaxpr.eqns:
+            self.is_seen = self.is_seen and _is_seen(eqn)
+            results = self._equation(eqn, list(map(read, eqn.invars)))
+            known.update((v, _settled(v.aval, value)) for v, value in zip(eqn.outvars, results, strict=True))
+        return list(map(read, jaxpr.outvars))
+
+    def _equation(self, eqn: Any, values: list[Value]) -> list[Value]:
+        name = eqn.primitive.name
+        called = next((eqn.params[key] for key in _CALLED if eqn.params.get(key) is not None), None)
+        if name in _CALLS and called is not None and len(_opened(called)[0].invars) == len(values):
+            return self.run(called, values)
+        if name in _HANDING and len(values) == len(eqn.outvars):
+            return values
+        rule = {"scan": self._scan, "while": self._while, "cond": self._cond, "shard_map": self._shard_map}.get(name)
+        if rule:
+            return rule(eqn, values)
+        if name == "select_n":
+            return [self._select(eqn, *values)]
+        return self._primitive(eqn, values)
+
+    def _primitive(self, eqn: Any, values: list[Value]) -> list[Value]:
+        name, params = eqn.primitive.name, eqn.params
+        old, new = ([getattr(v.aval, "dtype", None) for v in variables] for variables in (eqn.invars, eqn.outvars))
+        sames, known = [value.same for value in values], [value.among for value in values]
+        through, same = name, None
+        if name in _MOVING:
+            among, reads = _numbers.after(name, params, known, old, new[0]), _reads("", (v.reads for v in values))
+            return [Value(among, _moved(eqn, sames, i), reads) for i in range(len(new))]
+        if name == "convert_element_type":
+            same, through = sames[0] and _converted(sames[0], new[0]), f"a cast to {new[0]}"
+        elif name == "bitcast_convert_type":
+            through = ""
+            same = sames[0] and _bitcast(sames[0], old[0], new[0])
+        elif name in ("real", "imag"):
+            same = sames[0] and (None if sames[0].written else dataclasses.replace(sames[0], written=(name,)))
+        elif name == "complex":
+            same = _whole(*sames)
+        elif name in ("add", "add_any", "sub", "mul", "div") and has_numbers(new[0]) and {*old} == {*new}:
+            same = _with_nothing_added(name, sames, known, new[0])
+        if name in ("eq", "le", "ge") and eqn.invars[0] is eqn.invars[1] and not is_float(old[0]):
+            among = _numbers.TRUE
+        else:
+            among = _numbers.after(name, params, known, old, new[0]) if new else None
+        reads = _reads(through, (value.reads for value in values))
+        return [Value(among, same, reads), *(Value(reads=reads) for _ in new[1:])][: len(new)]
+
+    def _select(self, eqn: Any, which: Value, *cases: Value) -> Value:
+        possible = {int(_numbers.number(eqn.invars[0].aval.dtype, each)) for each in which.among or ()}
+        chosen = [case for i, case in enumerate(cases) if which.among is None or i in possible] or cases
+        if len(chosen) == 1:
+            return chosen[0]
+        dtype = eqn.outvars[0].aval.dtype
+        return _one_of(chosen, "select_n", which, ODD_BITS if is_float(dtype) and width(dtype) <= 16 else 0)
+
+    def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
+        which, *operands = values
+        branches = eqn.params["branches"]
+        if which.among is not None and len(which.among) == 1:
+            (content,) = which.among
+            index = int(_numbers.number(eqn.invars[0].aval.dtype, content))
+            return self.run(branches[min(max(index, 0), len(branches) - 1)], operands)
+        results = [self.run(branch, operands) for branch in branches]
+        return [_one_of(cases, "cond", which) for cases in zip(*results, strict=True)]
+
+    def _looped(self, begin: list[Value], body: Callable[[list[Value]], list[Value]], name: str) -> list[Value]:
+        """What is known of what a loop carries, after any number of turns."""
+        carry = begin
+        while True:
+            after = [_one_of(pair, name) for pair in zip(carry, body(carry), strict=True)]
+            if all(map(Value.agrees, carry, after)):
+                return carry
+            carry = after
+
+    def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
+        of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond_consts, body_consts = values[:of_cond], values[of_cond : of_cond + of_body]
+        body = lambda carry: self.run(eqn.params["body_jaxpr"], [*body_consts, *carry])
+        carry = self._looped(values[of_cond + of_body :], body, "while")
+        (goes_on,) = self.run(eqn.params["cond_jaxpr"], [*cond_consts, *carry])
+        return [  # how often it turns has an effect on all that does not stay as it is
+            each
+            if each.same or each.is_constant
+            else Value(each.among, None, _reads("while", (each.reads, goes_on.reads)))
+            for each in carry
+        ]
+
+    def _parts(self, jaxpr: Any, first: int, values: Sequence[Value]) -> tuple[list[Value], dict[int, Value]]:
+        """A value that stands for a part of each array, as a program sees it, and what each of them is a part of."""
+        avals = [variable.aval for variable in _opened(jaxpr)[0].invars[first:]]
+        whole = {next(self._numbers): value for value in values}
+        parts = [
+            dataclasses.replace(value, same=Same(number, aval) if hasattr(aval, "shape") else None)
+            for aval, (number, value) in zip(avals, whole.items(), strict=True)
+        ]
+        return parts, whole
+
+    def _put_together(self, value: Value, whole: dict[int, Value]) -> Value:
+        """What is known of an array of all parts: where each is what it was, it is what it was."""
+        same = value.same
+        if same is None or same.input not in whole or not same.is_input:
+            return dataclasses.replace(value, same=None)
+        before = whole[same.input]
+        return dataclasses.replace(before, same=before.same and before.same.at_cost(same.costs))
+
+    def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
+        jaxpr = eqn.params["jaxpr"]
+        inner, rank = _opened(jaxpr)[0], lambda variable: len(getattr(variable.aval, "shape", ()))
+        has_turns = lambda pair: rank(pair[0]) > rank(pair[1])  # the one outside has an axis more
+        of_xs = sum(map(has_turns, zip(eqn.invars, inner.invars, strict=True)))
+        of_ys = sum(map(has_turns, zip(eqn.outvars, inner.outvars, strict=True)))
+        of_carry = len(eqn.outvars) - of_ys
+        of_consts = len(values) - of_xs - of_carry
+        consts, begin = values[:of_consts], values[of_consts : of_consts + of_carry]
+        parts, whole = self._parts(jaxpr, of_consts + of_carry, values[of_consts + of_carry :])
+        run = lambda carry: self.run(jaxpr, [*consts, *carry, *parts])
+        carry = self._looped(begin, lambda carry: run(carry)[:of_carry], "scan")
+        results = run(carry)[of_carry:]
+        is_part = lambda value: value.same is not None and value.same.input in whole
+        carry = [dataclasses.replace(value, same=None) if is_part(value) else value for value in carry]
+        return [*carry, *(self._put_together(value, whole) for value in results)]
+
+    def _shard_map(self, eqn: Any, values: list[Value]) -> list[Value]:
+        jaxpr, specs, out_specs = (eqn.params.get(key) for key in ("jaxpr", "in_specs", "out_specs"))
+        if jaxpr is None or specs is None or out_specs is None or len(specs) != len(values):
+            reads = _reads("shard_map", (value.reads for value in values))
+            return [Value(reads=reads) for _ in eqn.outvars]
+        parts, whole = self._parts(jaxpr, 0, values)
+        split = dict(zip(whole, specs, strict=True))
+        return [
+            self._put_together(value, {n: v for n, v in whole.items() if split[n] == spec})
+            for value, spec in zip(self.run(jaxpr, parts), out_specs, strict=True)
+        ]
+
+
+def flow(closed_jaxpr: Any) -> tuple[list[Value], bool]:
+    """What is known of each result of a program, whatever its inputs; and whether its results are all that it does."""
+    program = Flow()
+    inputs = enumerate(closed_jaxpr.in_avals)
+    arguments = [_settled(aval, Value(None, Same(i, aval), Reads(1 << i))) for i, aval in inputs]
+    return program.run(closed_jaxpr, arguments), program.is_seen

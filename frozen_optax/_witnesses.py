@@ -1,0 +1,106 @@
+"""Runs of a traced program on numbers, to show what a proof could not rule out.
+
+A proof that fails says that something may happen, and a run can show that it does. That it does not, no run can show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+
+from frozen_optax._bits import is_key
+from frozen_optax._trees import is_traced
+
+_MAX_NUMBERS = 2**24  # that go into a run
+
+
+def _programs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else [value]:
+            if hasattr(program := getattr(each, "jaxpr", each), "eqns"):
+                yield program
+
+
+def _has_while(program: Any) -> bool:
+    return any(
+        eqn.primitive.name == "while" or any(map(_has_while, _programs(eqn.params)))
+        for eqn in getattr(program, "eqns", ())
+    )
+
+
+def _keys(aval: Any, seed: int) -> Any:
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if (key := jax.random.key(seed, impl=impl)).dtype == aval.dtype:
+            return jax.random.split(key, aval.shape)
+    raise TypeError(f"no key of type {aval.dtype} was given")
+
+
+def _random(aval: Any, seed: int, positive: bool) -> Any:
+    if is_key(aval):
+        return _keys(aval, seed)
+    random = np.random.default_rng(seed)
+    if not jnp.issubdtype(aval.dtype, jnp.inexact):
+        return jnp.asarray(random.integers(0, 2, aval.shape)).astype(aval.dtype)
+    real, imag = random.normal(size=(2, *aval.shape)).astype(np.float32)
+    real = np.abs(real) + np.float32(0.1) if positive else real
+    is_complex = jnp.issubdtype(aval.dtype, jnp.complexfloating)
+    return jnp.asarray(real + 1j * imag if is_complex else real).astype(aval.dtype)
+
+
+def _is_at_hand(given: Any) -> bool:
+    if isinstance(given, jax.Array):
+        return not is_traced(given) and not given.is_deleted()
+    return isinstance(given, (np.ndarray, np.generic))
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """A program that can be run on numbers of its inputs' shapes and dtypes; `given` are those that the user passed."""
+
+    program: Any
+    given: Sequence[Any]
+    is_seen: bool
+
+    @property
+    def reason_against(self) -> str | None:
+        """Why there is no run, if there is none."""
+        if not self.is_seen:
+            return "not run, as it does more than it returns"
+        if sum(getattr(aval, "size", 0) for aval in self.program.in_avals) > _MAX_NUMBERS:
+            return "too large to be run on random numbers"
+        return None
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the user passed numbers for all inputs."""
+        return all(map(_is_at_hand, self.given))
+
+    @property
+    def may_not_end(self) -> bool:
+        """Whether a state that nothing leads to could keep it running for ever."""
+        return _has_while(self.program.jaxpr)
+
+    def compiled(self, outputs: Sequence[int]) -> Callable[..., list[Any]]:
+        """The program, for some of its outputs."""
+        run = jex.core.jaxpr_as_fun(self.program)
+
+        def some(*arguments: Any) -> list[Any]:
+            results = run(*arguments)
+            return [results[i] for i in outputs]
+
+        return jax.jit(some)
+
+    def numbers(self, seed: int, positive: Callable[[int], bool] = lambda i: False) -> list[Any]:
+        """Random numbers for all inputs; integers, bools and keys as they were given."""
+        return [
+            given
+            if _is_at_hand(given) and not jnp.issubdtype(aval.dtype, jnp.inexact)
+            else _random(aval, seed + i, positive(i))
+            for i, (aval, given) in enumerate(zip(self.program.in_avals, self.given, strict=True))
+        ]
