@@ -47,7 +47,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         for name, figures in found.items():
             table.add_row(name, *map(str, figures.values()))
         console.print(table)
-    for block in (tables.models, tables.optimizers, tables.fingerprints):
+    for block in (tables.models, tables.optimizers, tables.proofs, tables.fingerprints):
         if block.__name__ in results:
             console.print(block(results), highlight=False)
 

@@ -35,6 +35,7 @@ PARTS = {  # what modules of this package measure in a process of their own, and
     "models": "models of 70 and 671 billion weights, compiled ahead of time",
     "claims": "every optimizer, step by step",
     "fingerprints": "fingerprints",
+    "proofs": "proofs",
 }
 
 

@@ -177,6 +177,15 @@ def fingerprints(results: dict[str, Any]) -> str:
     return _markdown(["", "`fo.fingerprint` of 100 MB", "ratio to `jnp.sum`"], rows)
 
 
+def proofs(results: dict[str, Any]) -> str:
+    """What proofs take beside tracing what they are about."""
+    rows = [
+        [title, *(f"{_median(each[kind]):.2g} s" for kind in ("trace", "step", "update"))]
+        for title, each in results["proofs"].items()
+    ]
+    return _markdown(["", "tracing the step", "`assert_step_freezes`", "`assert_update_freezes`"], rows)
+
+
 def environment(results: dict[str, Any]) -> str:
     """Where the figures come from."""
     found = results["environment"]
@@ -185,7 +194,8 @@ def environment(results: dict[str, Any]) -> str:
 
 
 BLOCKS = {
-    block.__name__: block for block in (costs, clipped, ways, optimizers, scale, models, fingerprints, environment)
+    block.__name__: block
+    for block in (costs, clipped, ways, optimizers, scale, models, proofs, fingerprints, environment)
 }
 
 

@@ -219,7 +219,7 @@ def _whole(real: Same | None, imag: Same | None) -> Same | None:
 
 def _with_nothing_added(name: str, sames: Sequence[Same | None], known: Sequence[Among], dtype: Any) -> Same | None:
     """An input plus or minus zero, times or over one."""
-    turns = [(sames[0], known[1])] + ([(sames[1], known[0])] if name not in ("sub", "div") else [])
+    turns = [(sames[0], known[1])] + ([] if name in ("sub", "div") else [(sames[1], known[0])])
     for same, other in turns:
         if same is None or other is None or (same.written[-1:] == ("bits",) and is_float(dtype)):
             continue
@@ -358,7 +358,7 @@ class Flow:
             same = sames[0] and (None if sames[0].written else dataclasses.replace(sames[0], written=(name,)))
         elif name == "complex":
             same = _whole(*sames)
-        elif name in ("add", "add_any", "sub", "mul", "div") and has_numbers(new[0]) and {*old} == {*new}:
+        elif name in ("add", "add_any", "sub", "or", "xor", "mul", "div") and has_numbers(new[0]) and {*old} == {*new}:
             same = _with_nothing_added(name, sames, known, new[0])
         if name in ("eq", "le", "ge") and eqn.invars[0] is eqn.invars[1] and not is_float(old[0]):
             among = _numbers.TRUE

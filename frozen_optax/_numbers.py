@@ -107,7 +107,8 @@ def of_array(array: Any, dtype: Any) -> Among:
     if is_key(array) or not has_numbers(dtype):
         return None
     host = np.asarray(array)
-    host = host if host.dtype == dtype else host.astype(dtype)
+    if host.dtype != dtype:  # a Python number
+        host = host.astype(dtype)
     if host.size > 1 and any(host.strides):
         if host.size > _MAX_SEARCHED or host.itemsize > 8:
             return None
@@ -116,7 +117,9 @@ def of_array(array: Any, dtype: Any) -> Among:
             return None
         distinct = np.unique(contents)
         return few(distinct.view(dtype), dtype) if len(distinct) <= _MAX_KEPT else None
-    return few(host.ravel()[:1], dtype)
+    return few(
+        [host[(0,) * host.ndim]] if host.size else [], dtype
+    )  # a broadcast number, which may be as large as can be
 
 
 def _all_zeros(dtype: Any) -> list[Any]:
@@ -133,7 +136,7 @@ def _sum_or_difference(function: Any) -> Callable[..., Any]:
 def _product(x: Any, y: Any) -> Any:
     if not is_float(x.dtype):
         return x * y
-    if x == 0 or y == 0:
+    if not x or not y:
         return _all_zeros(x.dtype) if is_complex(x.dtype) else x * y
     return x * y if abs(x) == 1 or abs(y) == 1 else None
 
@@ -141,7 +144,7 @@ def _product(x: Any, y: Any) -> Any:
 def _quotient(x: Any, y: Any) -> Any:
     if not is_float(x.dtype) or y == 0:
         return None
-    if x == 0:
+    if not x:
         return _all_zeros(x.dtype)
     return x / y if abs(y) == 1 else None
 

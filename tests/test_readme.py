@@ -148,7 +148,7 @@ def test_the_code_runs_as_it_stands():
     for block in BLOCKS:  # one that imports nothing goes on from the one before
         names = {"__name__": "readme"} if "import" in block else names
         exec(compile(block, "README.md", "exec"), names)
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_all_names_are_listed_and_no_others():
