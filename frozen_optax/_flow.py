@@ -87,13 +87,13 @@ class Moves:
     operands: tuple[Moves | None, ...]  # None is the array itself
     output: int
     shape: tuple[int, ...]
-    places: np.ndarray  # of the array itself, where each element stands
+    source: tuple[int, ...]  # the shape of the array itself
     depth: int
 
     @functools.cached_property
     def order(self) -> np.ndarray:
         """Which element of the array itself stands where."""
-        first, *others = [self.places if operand is None else operand.order for operand in self.operands]
+        first, *others = [operand.order if operand else _places(self.source) for operand in self.operands]
         params = self.params
         match self.primitive:
             case "transpose":
@@ -161,14 +161,14 @@ class Same:
         return self.is_like(Same(self.input, self.aval))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4)
 def _places(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(np.prod(shape, dtype=int), dtype=np.int32).reshape(shape)
 
 
 def _moved(eqn: Any, sames: Sequence[Same | None], output: int) -> Same | None:
     first = sames[0]
-    if first is None or first.aval.size > _MAX_MOVED:
+    if first is None or first.aval.size > _MAX_MOVED or first.aval.dtype == "float8_e5m2fnuz":  # moved as float16
         return None
     if not all(same and (same.input, same.written) == (first.input, first.written) for same in sames):
         return None
@@ -177,7 +177,7 @@ def _moved(eqn: Any, sames: Sequence[Same | None], output: int) -> Same | None:
     if depth > _MAX_MOVES:
         return None
     shape = eqn.outvars[output].aval.shape
-    moves = Moves(eqn.primitive.name, eqn.params, operands, output, shape, _places(first.aval.shape), depth)
+    moves = Moves(eqn.primitive.name, eqn.params, operands, output, shape, first.aval.shape, depth)
     narrow = is_float(first.aval.dtype) and width(first.aval.dtype) <= 8  # some platforms move them as wider ones
     costs = [same.costs for same in sames if same]
     return dataclasses.replace(first, moves=moves).at_cost(*costs, ODD_BITS if narrow else 0)
@@ -186,9 +186,7 @@ def _moved(eqn: Any, sames: Sequence[Same | None], output: int) -> Same | None:
 def _converted(same: Same, new: Any) -> Same | None:
     """An input in another dtype that holds all its numbers, or back in its own."""
     own = same.aval.dtype
-    if same.written not in ((), ("cast",)) or not (has_numbers(own) and has_numbers(new)):
-        return None
-    if new != own and not np.can_cast(own, new, "safe"):
+    if same.written not in ((), ("cast",)) or not _numbers.holds(new, own):
         return None
     written = () if new == own else ("cast",)
     return dataclasses.replace(same, written=written).at_cost(
@@ -222,6 +220,8 @@ def _with_nothing_added(name: str, sames: Sequence[Same | None], known: Sequence
     turns = [(sames[0], known[1])] + ([] if name in ("sub", "div") else [(sames[1], known[0])])
     for same, other in turns:
         if same is None or other is None or (same.written[-1:] == ("bits",) and is_float(dtype)):
+            continue
+        if same.aval.dtype == "float8_e8m0fnu":  # its least number is no NaN, and subnormal everywhere else
             continue
         costs = ODD_BITS if is_float(same.aval.dtype) and "bits" not in same.written else 0
         if name in ("mul", "div"):
@@ -274,11 +274,13 @@ def _one_of(cases: Sequence[Value], through: str, which: Value | None = None, co
     """What is known of one of several values, whichever it is."""
     first, sames = cases[0].same, [case.same for case in cases]
     among = _numbers.union(case.among for case in cases)
-    if first is not None and all(map(first.is_like, sames)):
-        return Value(among, first.at_cost(costs, *(same.costs for same in sames if same)), cases[0].reads)
-    if len(cases) > 1 and among is not None and len(among) == 1:
+    if among is not None and len(among) == 1:
         return Value(among)
-    return Value(among, None, _reads(through, (value.reads for value in (*cases, *([which] if which else ())))))
+    reads = _reads(through, (value.reads for value in (*cases, *([which] if which else ()))))
+    if first is None or not all(map(first.is_like, sames)):
+        return Value(among, None, reads)
+    same = first.at_cost(costs, *(same.costs for same in sames if same))
+    return Value(among, same, reads if same.costs else cases[0].reads)  # what has a cost may depend on which it is
 
 
 def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -297,9 +299,13 @@ _HANDING = {
 }
 
 
+def _is_mutable(aval: Any) -> bool:
+    return "Ref" in type(aval).__name__
+
+
 def _is_seen(eqn: Any) -> bool:
     """Whether all that an equation does is in its results: no mutable arrays, no calls of the host but to print."""
-    if any("Ref" in type(variable.aval).__name__ for variable in (*eqn.invars, *eqn.outvars)):
+    if any(_is_mutable(variable.aval) for variable in (*eqn.invars, *eqn.outvars)):
         return False
     return all("Debug" in type(effect).__name__ for effect in eqn.effects)
 
@@ -314,7 +320,8 @@ class Flow:
     def run(self, jaxpr: Any, arguments: Sequence[Value]) -> list[Value]:
         """What a program returns for these arguments."""
         jaxpr, consts = _opened(jaxpr)
-        of_array = lambda aval, array: Value(_numbers.of_array(array, getattr(aval, "dtype", None)))
+        dtype_of = lambda aval: None if _is_mutable(aval) else getattr(aval, "dtype", None)
+        of_array = lambda aval, array: Value(_numbers.of_array(array, dtype_of(aval)))
         known = {v: of_array(v.aval, const) for v, const in zip(jaxpr.constvars, consts, strict=True)}
         known.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -369,11 +376,13 @@ class Flow:
 
     def _select(self, eqn: Any, which: Value, *cases: Value) -> Value:
         possible = {int(_numbers.number(eqn.invars[0].aval.dtype, each)) for each in which.among or ()}
-        chosen = [case for i, case in enumerate(cases) if which.among is None or i in possible] or cases
+        if not possible or not possible <= set(range(len(cases))):
+            possible = set(range(len(cases)))
+        chosen, dtype = [cases[i] for i in sorted(possible)], eqn.outvars[0].aval.dtype
+        costs = ODD_BITS if is_float(dtype) and width(dtype) <= 16 else 0
         if len(chosen) == 1:
-            return chosen[0]
-        dtype = eqn.outvars[0].aval.dtype
-        return _one_of(chosen, "select_n", which, ODD_BITS if is_float(dtype) and width(dtype) <= 16 else 0)
+            return dataclasses.replace(chosen[0], same=chosen[0].same and chosen[0].same.at_cost(costs))
+        return _one_of(chosen, "select_n", which, costs)
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
         which, *operands = values
@@ -400,10 +409,9 @@ class Flow:
         body = lambda carry: self.run(eqn.params["body_jaxpr"], [*body_consts, *carry])
         carry = self._looped(values[of_cond + of_body :], body, "while")
         (goes_on,) = self.run(eqn.params["cond_jaxpr"], [*cond_consts, *carry])
+        stays = lambda value: value.is_constant or (value.same is not None and not value.same.costs)
         return [  # how often it turns has an effect on all that does not stay as it is
-            each
-            if each.same or each.is_constant
-            else Value(each.among, None, _reads("while", (each.reads, goes_on.reads)))
+            each if stays(each) else dataclasses.replace(each, reads=_reads("while", (each.reads, goes_on.reads)))
             for each in carry
         ]
 
@@ -423,7 +431,8 @@ class Flow:
         if same is None or same.input not in whole or not same.is_input:
             return dataclasses.replace(value, same=None)
         before = whole[same.input]
-        return dataclasses.replace(before, same=before.same and before.same.at_cost(same.costs))
+        reads = _reads("", (before.reads, value.reads)) if same.costs else before.reads
+        return Value(value.among, before.same and before.same.at_cost(same.costs), reads)
 
     def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
         jaxpr = eqn.params["jaxpr"]

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from frozen_optax._bits import is_key, width
+from frozen_optax._bits import width
+from frozen_optax._trees import is_at_hand
 
 Among: TypeAlias = frozenset[bytes] | None
 
@@ -55,6 +56,30 @@ def zeros(dtype: Any) -> frozenset[bytes]:
         return frozenset(real + imag for real, imag in itertools.product(parts, parts))
     both: tuple[Any, ...] = (zero, np.negative(zero)) if is_float(dtype) else (zero,)
     return frozenset(np.asarray(each).tobytes() for each in both if each == 0)
+
+
+@functools.cache
+def holds(new: Any, own: Any) -> bool:
+    """Whether a dtype holds every number of another exactly; what is subnormal in its own may be flushed."""
+    if new == own:
+        return True
+    if not has_numbers(own) or not has_numbers(new) or "e8m0" in f"{own} {new}" or (is_complex(own) > is_complex(new)):
+        return False
+    own, new = (np.zeros((), dtype).real.dtype if is_complex(dtype) else dtype for dtype in (own, new))
+    if not is_float(new):
+        if own == np.bool_ or is_float(own) or new == np.bool_:
+            return own == np.bool_
+        return jnp.iinfo(new).min <= jnp.iinfo(own).min and jnp.iinfo(own).max <= jnp.iinfo(new).max
+    if own == np.bool_:
+        return True
+    there = jnp.finfo(new)
+    if there.bits < 16:
+        return False
+    if not is_float(own):
+        return jnp.iinfo(own).bits <= there.nmant + 1 and float(jnp.iinfo(own).max) <= float(there.max)
+    here = jnp.finfo(own)
+    is_in_range = float(here.max) <= float(there.max) and float(here.tiny) >= float(there.tiny)
+    return here.nmant <= there.nmant and is_in_range
 
 
 @functools.cache
@@ -104,7 +129,7 @@ def union(several: Iterable[Among]) -> Among:
 
 def of_array(array: Any, dtype: Any) -> Among:
     """What is known of an array that is at hand."""
-    if is_key(array) or not has_numbers(dtype):
+    if not has_numbers(dtype) or not is_at_hand(array):
         return None
     host = np.asarray(array)
     if host.dtype != dtype:  # a Python number
@@ -134,23 +159,23 @@ def _sum_or_difference(function: Any) -> Callable[..., Any]:
 
 
 def _product(x: Any, y: Any) -> Any:
-    if not is_float(x.dtype):
-        return x * y
-    if not x or not y:
-        return _all_zeros(x.dtype) if is_complex(x.dtype) else x * y
-    return x * y if abs(x) == 1 or abs(y) == 1 else None
+    if is_complex(x.dtype):
+        return None if x and y else _all_zeros(x.dtype)
+    return x * y if not is_float(x.dtype) or not x or not y or abs(x) == 1 or abs(y) == 1 else None
 
 
 def _quotient(x: Any, y: Any) -> Any:
-    if not is_float(x.dtype) or y == 0:
+    if not is_float(x.dtype) or not y:
         return None
     if not x:
         return _all_zeros(x.dtype)
-    return x / y if abs(y) == 1 else None
+    return x / y if abs(y) == 1 and not is_complex(x.dtype) else None
 
 
 def _extreme(function: Any) -> Callable[..., Any]:
     def of_two(x: Any, y: Any) -> Any:
+        if is_complex(x.dtype):
+            return None
         return function(x, y) if x or y else _all_zeros(x.dtype)
 
     return of_two
@@ -215,8 +240,9 @@ _ZERO_OF_ZEROS = {
 # Elements of some of the operands, and no others: of all of them, or of those listed.
 _ELEMENTS: dict[str, Sequence[int] | None] = {
     **dict.fromkeys(["reshape", "transpose", "rev", "slice", "squeeze", "expand_dims", "broadcast_in_dim"]),
-    **dict.fromkeys(["concatenate", "split", "stack", "unstack", "tile", "pad", "sort", "cummax", "cummin"]),
-    **dict.fromkeys(["reduce_max", "reduce_min", "reduce_and", "reduce_or"]),
+    **dict.fromkeys(["concatenate", "split", "stack", "unstack", "tile", "pad", "cummax", "cummin"]),
+    **dict.fromkeys(["reduce_max", "reduce_min"]),
+    "sort": [0],
     "dynamic_slice": [0],
     "dynamic_update_slice": [0, 1],
     "scatter": [0, 2],
@@ -224,8 +250,11 @@ _ELEMENTS: dict[str, Sequence[int] | None] = {
 
 
 def _converted(x: Any, dtype: Any) -> Any:
-    there = np.asarray(x).astype(dtype)
-    return there if there.astype(x.dtype) == x else None
+    try:
+        there = np.asarray(x).astype(dtype)
+        return there if there.astype(x.dtype) == x else None
+    except TypeError:  # some of the narrow types do not know each other
+        return None
 
 
 def _of_all(function: Callable[..., Any], operands: Sequence[Among], dtypes: Sequence[Any], dtype: Any) -> Among:
@@ -243,9 +272,11 @@ def after(name: str, params: Any, operands: Sequence[Among], dtypes: Sequence[An
     """What is known of the first result, of type `dtype`, of a primitive of that name."""
     if not has_numbers(dtype) or not operands:
         return None
-    if name in _ELEMENTS:
+    if name in _ELEMENTS and params.get("update_jaxpr") is None:  # a scatter may apply a function
         chosen = _ELEMENTS[name]
         return union(operands if chosen is None else [operands[i] for i in chosen])
+    if name in ("reduce_and", "reduce_or"):  # of integers, they make new ones
+        return operands[0] if dtype == np.bool_ else None
     if name in _ZERO_OF_ZEROS or (name == "integer_pow" and params["y"] > 0):
         return zeros(dtype) if all(map(is_zero, operands, dtypes)) else None
     if any(operand is None for operand in operands) or not all(map(has_numbers, dtypes)):

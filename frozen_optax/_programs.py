@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,9 +46,14 @@ class Group:
         """Which inputs of the program they are."""
         return slice(self.first, self.first + len(self.leaves))
 
+    @functools.cached_property
+    def numbers(self) -> dict[int, int]:
+        """The inputs of the program, by the places of the leaves among all leaves of the argument."""
+        return {place: self.first + i for i, place in enumerate(self.places)}
+
     def bits(self, chosen: Sequence[bool] | None = None) -> int:
         """Inputs as a set of bits: all, or those of which the leaf of the argument is chosen."""
-        return sum(1 << self.first + i for i, place in enumerate(self.places) if chosen is None or chosen[place])
+        return sum(1 << number for place, number in self.numbers.items() if chosen is None or chosen[place])
 
 
 class Inputs:

@@ -95,10 +95,7 @@ def successor_of(result: PyTree, first: PyTree, where: Where | None) -> list[tup
         require_same_structure(candidates[-1], first, "the result", "the first argument")
     except ValueError as error:
         difference = str(error)
-    raise ValueError(
-        "a step under frozen_optax.jit returns the successor of its first argument, alone or first in a tuple: "
-        f"{difference}"
-    )
+    raise ValueError(f"a step returns the successor of its first argument, alone or first in a tuple: {difference}")
 
 
 def leave_out(result: PyTree, successor: list[tuple[int, int]], resolution: Resolution) -> tuple[list[Any], Any]:

@@ -30,7 +30,7 @@ def _names(step: Callable[..., Any], count: int) -> list[str]:
 def _kept_in_words(result: Result, number: int | None, leaf: Any) -> tuple[str | None, bool]:
     """What has become of a leaf, the input of that number, if it is proved to have stayed; and whether exactly."""
     if result.output is None:
-        return ("itself", True) if result.known is leaf else (None, False)
+        return ("itself", True) if number is None and result.known is leaf else (None, False)
     before = spec(leaf)
     if number is None or (result.aval.shape, result.aval.dtype) != (before.shape, before.dtype):
         return None, False
@@ -112,8 +112,8 @@ def assert_step_freezes(
     Args:
       step: a function of the parameters, or of a state that holds them, that returns their successor, alone or first
         in a tuple; compiled or not.
-      *args: its arguments. Numbers in the first, arrays and Python floats in the others stand for any of their shape
-        and dtype, and may be `jax.ShapeDtypeStruct`s; all else (functions, integers, bools) is taken as it is.
+      *args: its arguments. Numbers in the first, arrays and Python floats in the others stand for any array of their
+        shape and dtype, and may be `jax.ShapeDtypeStruct`s; all else (functions, integers, bools) is taken as it is.
       frozen: what is frozen, as `freeze` takes it.
       trainable: what is not frozen, instead.
       where: says where in the first argument the parameters are, as `jit` takes it.
@@ -165,11 +165,10 @@ def assert_step_freezes(
 
     results, places, runs = trace(program, inputs)
     leaves = jax.tree.leaves(args[0])
-    inputs_at = dict(zip(first.places, range(first.first, first.span.stop), strict=True))
     proved: dict[str, str] = {}
     findings: list[tuple[Finding, int | None]] = []
     for place, result in zip(places, results, strict=True):
-        number, leaf = inputs_at.get(place), leaves[place]
+        number, leaf = first.numbers.get(place), leaves[place]
         words, is_exact = _kept_in_words(result, number, leaf)
         if words and (is_exact or not exact):
             proved[resolution.paths[place]] = words

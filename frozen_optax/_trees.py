@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -27,6 +28,13 @@ def is_hole(node: Any) -> bool:
 def is_traced(leaf: Any) -> bool:
     """Whether the values of `leaf` are not known yet."""
     return isinstance(leaf, jax.core.Tracer)
+
+
+def is_at_hand(leaf: Any) -> bool:
+    """Whether `leaf` is a number or an array of them whose values can be read."""
+    if isinstance(leaf, jax.Array):
+        return not is_traced(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and not leaf.is_deleted()
+    return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic))
 
 
 def keystr(path: Any) -> str:

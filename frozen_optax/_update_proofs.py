@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,9 @@ from frozen_optax import _bits, _numbers
 from frozen_optax._assertions import difference
 from frozen_optax._findings import Finding, require_proved, section
 from frozen_optax._optimizer import trees_of, with_extra_args
-from frozen_optax._programs import Inputs, Result, is_array_or_float, is_number, trace
+from frozen_optax._programs import Group, Inputs, Result, is_array_or_float, is_number, trace
 from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, Resolution, describe, is_hole, spec
+from frozen_optax._trees import PyTree, Resolution, describe, is_hole, is_traced, spec
 
 _FORMS = 4  # that a state may take before it stays as it is
 _STEPS = 3  # of a run that is to show something
@@ -27,19 +27,17 @@ class _Update:
 
     def __init__(self, tx: Any, params: PyTree, resolution: Resolution, state: PyTree, extra_args: dict[str, Any]):
         self.inputs = inputs = Inputs()
+        self.leaves = jax.tree.leaves(trees_of(params)[0])
         has_gradient = lambda leaf: is_number(leaf) and not _bits.is_key(leaf)
-        gradients = resolution.unflatten(
-            spec(leaf) if has_gradient(leaf) else _bits.known_zero(leaf)
-            for leaf in jax.tree.leaves(trees_of(params)[0])
-        )
+        of_gradient = lambda leaf: leaf if is_traced(leaf) else _bits.known_zero(leaf)
         self.params, make_params = inputs.add("the parameters", params, is_number)
-        self.gradients, make_gradients = inputs.add("the gradients", gradients, is_number)
+        self.gradients, make_gradients = inputs.add("the gradients", resolution.unflatten(self.leaves), has_gradient)
         self.state, make_state = inputs.add("the state", state, is_number)
         self.extra, make_extra = inputs.add("the extra arguments", extra_args, is_array_or_float)
         self._init = lambda *values: tx.init(make_params(values))
 
         def update(values: Any) -> tuple[list[Any], tuple[int, PyTree]]:
-            given = make_gradients(values), make_state(values), make_params(values)
+            given = jax.tree.map(of_gradient, make_gradients(values)), make_state(values), make_params(values)
             updates, new = tx.update(*given, **make_extra(values))
             rows = [resolution.up_to(tree, "the updates") for tree in trees_of(updates)]
             return [*itertools.chain(*rows), *jax.tree.leaves(new)], (len(rows), jax.tree.map(spec, new))
@@ -50,8 +48,21 @@ class _Update:
         self.paths, self.selected = resolution.paths * trees, resolution.selected * trees
         self.form = _form(state)
         self.state_stays_alike = self.form == _form(self.next_state)
-        self.frozen_gradients = self.gradients.bits(resolution.selected)
-        self.trained_gradients = self.gradients.bits() & ~self.frozen_gradients
+        frozen = self.gradients.bits(resolution.selected)
+        self.trained_gradients = self.gradients.bits() & ~frozen
+        like_params = lambda tree: jax.tree.structure(tree) == resolution.treedef  # `grad`, for line searches
+        of_extra = [
+            resolution.selected if like_params(extra_args[name]) else [False] * len(jax.tree.leaves(extra_args[name]))
+            for name in sorted(extra_args)
+        ]
+        self.frozen_gradients = frozen | self.extra.bits(list(itertools.chain(*of_extra)))
+
+    def rows(self, frozen: bool) -> Iterator[tuple[str, Any, Result]]:
+        """Path, parameter and update of each frozen leaf, or of each other."""
+        leaves = itertools.cycle(self.leaves)
+        for path, leaf, result, selected in zip(self.paths, leaves, self.updates, self.selected, strict=False):
+            if selected == frozen:
+                yield path, leaf, result
 
     @functools.cached_property
     def _run(self) -> Callable[..., list[Any]]:
@@ -63,18 +74,25 @@ class _Update:
         state = jax.jit(self._init)(*numbers[self.params.span])
         if _form(state) != self.form:
             return None
-        return [*numbers[: self.state.first], *jax.tree.leaves(state), *numbers[self.state.span.stop :]]
+        return self._with_state(numbers, jax.tree.leaves(state))
+
+    def _with_state(self, numbers: list[Any], leaves: Sequence[Any]) -> list[Any]:
+        for place, number in self.state.numbers.items():
+            numbers[number] = leaves[place]
+        return numbers
 
     def rollout(self, numbers: list[Any], gradient: Callable[[int, Any], Any]) -> Iterator[list[Any]]:
         """The updates of some steps from there on, each with other gradients; `gradient` may change them."""
-        numbers = list(numbers)
+        numbers = [
+            gradient(i, number) if self.frozen_gradients >> i & 1 else number for i, number in enumerate(numbers)
+        ]
         for step in range(_STEPS if self.state_stays_alike else 1):
             random = self.runs.numbers(10 + 1000 * step)[self.gradients.span]
             numbers[self.gradients.span] = [gradient(self.gradients.first + i, each) for i, each in enumerate(random)]
             outputs = self._run(*numbers)
             yield [result.of(outputs) for result in self.updates]
             if self.state_stays_alike:
-                numbers[self.state.span] = [result.of(outputs) for result in self.after]
+                numbers = self._with_state(numbers, [result.of(outputs) for result in self.after])
 
 
 def _form(state: PyTree) -> Any:
@@ -104,17 +122,23 @@ def _nan(number: Any) -> Any:
 # --- frozen leaves
 
 
-def _zero_in_words(update: Result) -> str | None:
-    """What an update is, if it is proved to be none."""
+def _fits(shape: tuple[int, ...], leaf: Any) -> bool:
+    """Whether a sum with an update of this shape has the leaf's own."""
+    own = np.shape(leaf)
+    return len(shape) <= len(own) and all(n in (1, m) for n, m in zip(shape[::-1], own[::-1], strict=False))
+
+
+def _zero_in_words(update: Result, leaf: Any) -> str | None:
+    """What an update of a leaf is, if it is proved to be none."""
     if update.output is None:
         known = update.known
         if known is None or is_hole(known) or getattr(known, "dtype", None) == jax.dtypes.float0:
             return "absent"
         dtype = spec(known).dtype if is_number(known) else None
-        among = _numbers.of_array(known, dtype)
+        among, shape = _numbers.of_array(known, dtype), np.shape(known)
     else:
-        dtype, among = update.aval.dtype, update.value.among
-    if among is None or not _numbers.is_zero(among, dtype):
+        dtype, among, shape = update.aval.dtype, update.value.among, update.aval.shape
+    if among is None or not _numbers.is_zero(among, dtype) or not _fits(shape, leaf):
         return None
     signs = {np.signbit(np.real(_numbers.number(dtype, each))) for each in among}
     names = ["-0.0" if sign else "0.0" for sign in sorted(signs)] if _numbers.is_float(dtype) else ["0"]
@@ -131,26 +155,26 @@ _GUESSES = {
 }
 
 
-def _is_random_key(path: str, leaf: Any) -> bool:
-    is_raw = leaf.dtype == np.uint32 and leaf.shape[-1:] in ((2,), (4,)) and "key" in path
-    return _bits.is_key(leaf) or is_raw
+def _random_keys(state: Group) -> int:
+    is_raw = lambda path, leaf: leaf.dtype == np.uint32 and leaf.shape[-1:] in ((2,), (4,)) and "key" in path
+    members = enumerate(zip(state.paths, state.leaves, strict=True))
+    return sum(1 << state.first + i for i, (path, leaf) in members if _bits.is_key(leaf) or is_raw(path, leaf))
 
 
 def _movement(update: _Update) -> list[Finding]:
     """Frozen leaves whose update is not proved to be zero."""
-    state = update.state
-    keys = state.bits([_is_random_key(*each) for each in zip(state.paths, state.leaves, strict=True)])
+    keys = _random_keys(update.state)
     groups = {
         "the gradients of frozen leaves": update.frozen_gradients,
         "the parameters": update.params.bits(),
         "a random key in the state": keys,
-        "the state": state.bits() & ~keys,
+        "the state": update.state.bits() & ~keys,
         "the gradients of trained leaves": update.trained_gradients,
-        "the extra arguments": update.extra.bits(),
+        "the extra arguments": update.extra.bits() & ~update.frozen_gradients,
     }
     findings = []
-    for path, result, frozen in zip(update.paths, update.updates, update.selected, strict=True):
-        if not frozen or _zero_in_words(result):
+    for path, leaf, result in update.rows(frozen=True):
+        if _zero_in_words(result, leaf):
             continue
         reads, reasons = result.value.reads, []
         for name, bits in groups.items():
@@ -158,12 +182,14 @@ def _movement(update: _Update) -> list[Finding]:
                 reasons.append(f"depends on {name}{update.inputs.way(reads, bits)}: {_GUESSES[name]}")
         if result.output is None:
             reasons = [f"is {describe(result.known)} that is not zero"]
+        elif not _fits(result.aval.shape, leaf):
+            reasons.append(f"is {describe(result.aval)}, and the parameter {describe(spec(leaf))}")
         findings.append(Finding(path, result, reasons or ["is made of constants, and is not known to be zero"]))
     return findings
 
 
 def _first_nonzero(update: Any) -> str | None:
-    if not is_number(update):
+    if not is_number(update) or _bits.is_key(update):
         return None
     host = np.asarray(update)
     if not (wrong := ~(host == 0)).any():
@@ -181,7 +207,7 @@ def _attempts(update: _Update) -> Iterator[tuple[str, list[Any], Callable[[int, 
     if not runs.may_not_end:
         in_state = range(update.state.span.start, update.state.span.stop)
         yield "from a state with moments of its own", runs.numbers(1, in_state.__contains__), as_it_is
-    if fresh:
+    if fresh and not runs.may_not_end:
         yield "from a fresh state with NaN in the gradients of trained leaves", fresh, with_nan
 
 
@@ -209,17 +235,17 @@ def _interference(update: _Update, is_only_form: bool) -> list[Finding]:
         tainted |= update.state.bits()  # which leaf of the one is which of the next is not known
     while tainted != before:
         before = tainted
-        for i, result in enumerate(update.after if update.state_stays_alike else []):
-            if result.value.reads.inputs & tainted:
-                tainted |= 1 << update.state.first + i
-    if not update.runs.is_seen:
-        tainted = -1
+        for place, number in update.state.numbers.items() if update.state_stays_alike else ():
+            if update.after[place].value.reads.inputs & tainted:
+                tainted |= 1 << number
     findings = []
-    for path, result, is_frozen in zip(update.paths, update.updates, update.selected, strict=True):
-        reads = result.value.reads
-        if is_frozen or not frozen or not reads.inputs & tainted:
+    for path, _, result in update.rows(frozen=False):
+        reads, unseen = result.value.reads, not update.runs.is_seen and result.output is not None
+        if not frozen or not (reads.inputs & tainted or (unseen and not result.value.is_constant)):
             continue
-        if at_once := reads.inputs & frozen:
+        if not reads.inputs & tainted:
+            reason = "may depend on what a mutable array or a callback carries from them"
+        elif at_once := reads.inputs & frozen:
             reason = f"depends on the gradients of frozen leaves{update.inputs.way(reads, at_once)}"
         else:
             way = update.inputs.way(reads, reads.inputs & tainted)
@@ -238,7 +264,9 @@ def _show_interference(update: _Update, findings: list[Finding]) -> None:
         return list(update.rollout(begin, lambda i, g: change(g) if update.frozen_gradients >> i & 1 else g))
 
     one = train(lambda gradient: gradient)
-    others = {"are another": train(lambda g: (g * 3).astype(g.dtype)), "are NaN": train(_nan)}
+    others = {"are another": train(lambda g: (g * 3).astype(g.dtype))}
+    if not update.runs.may_not_end:
+        others["are NaN"] = train(_nan)
     place = {id(result): i for i, result in enumerate(update.updates)}
     for (how, other), finding in itertools.product(others.items(), findings):
         i = place[id(finding.result)]
@@ -312,6 +340,5 @@ def assert_update_freezes(
             section(movement, count, moving, update.runs),
             section(steered, len(update.selected) - count, steering, update.runs),
         )
-        rows = itertools.compress(zip(update.paths, update.updates, strict=True), update.selected)
-        found |= {path: _zero_in_words(result) or "" for path, result in rows}
+        found |= {path: _zero_in_words(result, leaf) or "" for path, leaf, result in update.rows(frozen=True)}
     return found

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen_optax._bits import is_key
-from frozen_optax._trees import is_traced
+from frozen_optax._trees import is_at_hand, is_traced
 
 _MAX_NUMBERS = 2**24  # that go into a run
 
@@ -53,10 +53,9 @@ def _random(aval: Any, seed: int, positive: bool) -> Any:
     return jnp.asarray(real + 1j * imag if is_complex else real).astype(aval.dtype)
 
 
-def _is_at_hand(given: Any) -> bool:
-    if isinstance(given, jax.Array):
-        return not is_traced(given) and not given.is_deleted()
-    return isinstance(given, (np.ndarray, np.generic))
+def _is_given(leaf: Any) -> bool:
+    is_key_at_hand = isinstance(leaf, jax.Array) and is_key(leaf) and not is_traced(leaf) and not leaf.is_deleted()
+    return is_key_at_hand or is_at_hand(leaf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +71,8 @@ class Runs:
         """Why there is no run, if there is none."""
         if not self.is_seen:
             return "not run, as it does more than it returns"
+        if is_traced(jnp.zeros(())) or any(map(is_traced, self.program.consts)):
+            return "not run inside of a function that is being traced"
         if sum(getattr(aval, "size", 0) for aval in self.program.in_avals) > _MAX_NUMBERS:
             return "too large to be run on random numbers"
         return None
@@ -79,7 +80,7 @@ class Runs:
     @property
     def is_at_hand(self) -> bool:
         """Whether the user passed numbers for all inputs."""
-        return all(map(_is_at_hand, self.given))
+        return all(map(_is_given, self.given))
 
     @property
     def may_not_end(self) -> bool:
@@ -100,7 +101,7 @@ class Runs:
         """Random numbers for all inputs; integers, bools and keys as they were given."""
         return [
             given
-            if _is_at_hand(given) and not jnp.issubdtype(aval.dtype, jnp.inexact)
+            if _is_given(given) and not jnp.issubdtype(aval.dtype, jnp.inexact)
             else _random(aval, seed + i, positive(i))
             for i, (aval, given) in enumerate(zip(self.program.in_avals, self.given, strict=True))
         ]

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import frozen_optax as fo
 from benchmarks.catalogue import NAMES, extra_args, make
-from frozen_optax import _witnesses
+from frozen_optax import _numbers, _witnesses
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 MASK = {"encoder": True, "head": False}
@@ -414,6 +414,294 @@ def test_what_cannot_be_told_is_unknown_and_stands_in_the_readme(name):
     message = verdict(fo.assert_step_freezes, UNKNOWN[name], params, x, frozen="encoder")
     assert message.startswith("1 of 2 frozen leaves are not proved to stay as they are:\n  encoder/kernel: unknown")
     assert name in README
+
+
+# --- what an adversary found: each was called proved, or did not come to an end
+
+
+def of_base(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that does this to the frozen leaf."""
+    return lambda params: params | {"base": function(params["base"], params["head"])}
+
+
+def known(*numbers: float, dtype: Any = "float32") -> Callable[[Any], Any]:
+    """An array of these numbers that is an output of the program, to be known by its rules."""
+    return lambda head: jnp.where(False, head[: len(numbers)].astype(dtype), np.array(numbers, dtype))
+
+
+HEAD = jnp.array([0.5, -1.0, 2.0])
+FLOATS = jnp.arange(3.0)
+HOSTILE = {
+    "reset to a closed-over array": (FLOATS, of_base(lambda p, h: FLOATS)),
+    "int8 through float8": (
+        jnp.array([17, 2, 3], jnp.int8),
+        of_base(lambda p, h: p.astype("float8_e4m3fn").astype("int8")),
+    ),
+    "int32 through float32": (jnp.array([2**24 + 1, 2, 3]), of_base(lambda p, h: p.astype("float32").astype("int32"))),
+    "int8 through uint8": (
+        jnp.array([-1, 2, 3], jnp.int8),
+        of_base(lambda p, h: p.astype("uint8").astype("float16").astype("int8")),
+    ),
+    "one float8 through another": (
+        jnp.array([32.0, 1, 2], jnp.float8_e4m3fn),
+        of_base(lambda p, h: p.astype("float8_e4m3b11fnuz").astype(p.dtype)),
+    ),
+    "float16 through bfloat16": (
+        jnp.array([1.001, 1, 2], jnp.float16),
+        of_base(lambda p, h: p.astype("bfloat16").astype(p.dtype)),
+    ),
+    "bfloat16 through float16": (
+        jnp.array([1e30, 1, 2], jnp.bfloat16),
+        of_base(lambda p, h: p.astype("float16").astype(p.dtype)),
+    ),
+    "complex through its real part": (jnp.array([1j, 1, 2]), of_base(lambda p, h: p.real.astype(p.dtype))),
+    "an `or` of integers": (
+        FLOATS,
+        of_base(
+            lambda p, h: jax.lax.cond(
+                jax.lax.reduce_or(known(1, 2, 1)(h).astype(int), (0,)) == 3, lambda: p + 1, lambda: p
+            )
+        ),
+    ),
+    "a function scattered": (FLOATS, of_base(lambda p, h: p + jnp.zeros_like(p).at[0].apply(lambda x: x + 1))),
+    "a product of complex numbers of length one": (
+        FLOATS * 0,
+        of_base(lambda p, h: p + 1e20 * jnp.imag((0.6 + 0.8j) * known(0.6 - 0.8j, dtype="complex64")(h)[0])),
+    ),
+    "a select beyond its cases": (
+        FLOATS,
+        of_base(lambda p, h: jax.lax.select_n(known(0, 5, 0)(h).astype(int), p, p + 1, p + 2)),
+    ),
+    "a cond beyond its branches": (
+        FLOATS,
+        of_base(lambda p, h: jax.lax.switch(known(7)(h).astype(int)[0], [lambda: p, lambda: -p])),
+    ),
+    "a constant minus the leaf": (FLOATS, of_base(lambda p, h: jnp.zeros_like(p) - p)),
+    "one over the leaf": (FLOATS + 1, of_base(lambda p, h: jnp.ones_like(p) / p)),
+    "times one and zero": (jnp.array([jnp.inf, 1, 2], jnp.complex64), of_base(lambda p, h: p * jnp.ones_like(p))),
+    "plus infinity": (FLOATS, of_base(lambda p, h: p + 0.0 * known(np.inf)(h)[0])),
+    "times a product of constants": (
+        FLOATS,
+        of_base(lambda p, h: p * (known(1e-30)(h)[0] * np.float32(1e30) * np.float32(2))),
+    ),
+    "the maximum of nothing": (
+        FLOATS,
+        of_base(lambda p, h: p + jnp.exp(jax.lax.reduce_max(jnp.zeros((0,)), (0,))) + 1),
+    ),
+    "plus a constant cast to an integer": (
+        FLOATS,
+        of_base(lambda p, h: p + known(0.5)(h).astype(int).astype(p.dtype) + known(1.5)(h).astype(int)),
+    ),
+    "the last part of a scan": (FLOATS, of_base(lambda p, h: jax.lax.scan(lambda c, x: (x, c), p[0], p)[1])),
+    "a scan over moved parts": (
+        jnp.arange(6.0).reshape(2, 3),
+        of_base(lambda p, h: jax.lax.scan(lambda c, x: (c, x[::-1]), 0, p)[1]),
+    ),
+    "a scan that carries a part": (
+        FLOATS,
+        of_base(lambda p, h: jax.lax.scan(lambda c, x: (x, None), p[:1], p[:, None])[0] + jnp.zeros(3)),
+    ),
+    "another of two in a select": (
+        FLOATS,
+        lambda p: {"base": jnp.where(p["head"] > 0, p["base"], p["twin"]), "head": p["head"], "twin": p["base"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_looks_like_nothing_and_moves_a_leaf_is_not_proved(name):
+    base, step = HOSTILE[name]
+    params = {"base": base, "head": HEAD, "twin": base + base.dtype.type(1)}
+    compiled = jax.jit(lambda params: step(params)["base"])(params)
+    moved = [after for after in (step(params)["base"], compiled) if verdict(fo.assert_trees_bit_identical, after, base)]
+    assert moved or name == "reset to a closed-over array"
+    assert "not proved to stay" in verdict(fo.assert_step_freezes, step, params, frozen="base")
+
+
+def transformation(update: Callable[..., Any], init: Any = ()) -> optax.GradientTransformation:
+    return optax.GradientTransformation(lambda params: init, update)
+
+
+def steering(function: Callable[..., Any]) -> optax.GradientTransformation:
+    """The update of the trained leaf is a function of it and of the frozen gradient."""
+    return transformation(lambda g, s, p=None: ({"base": jnp.zeros(3), "head": function(g["head"], g["base"])}, s))
+
+
+def stored(head: Any, base: Any) -> Any:
+    reference = jax.new_ref(jnp.zeros(3)) if hasattr(jax, "new_ref") else jax.experimental.mutable_array(jnp.zeros(3))
+    reference[...] = base
+    return reference[...]
+
+
+STEERING = {
+    "the sign of a zero in a scan": lambda h, b: (
+        1 / jax.lax.scan(lambda c, x: (c, x + jnp.where(b > 0, 0.0, -0.0)[0]), 0, h)[1]
+    ),
+    "the sign of a zero in a cond": lambda h, b: 1 / jax.lax.cond(b[0] > 0, lambda: h, lambda: h + jnp.zeros(3)),
+    "the turns of a loop that adds zero": lambda h, b: (
+        1 / jax.lax.while_loop(lambda c: c[0] < b[0], lambda c: (c[0] + 1, c[1] + jnp.zeros(3)), (0.0, h))[1]
+    ),
+    "the turns of a loop": lambda h, b: jax.lax.while_loop(
+        lambda c: c[0] < b[0], lambda c: (c[0] + 1, c[1] + 1), (0.0, jnp.zeros(3))
+    )[1],
+    "a select": lambda h, b: jnp.where(b > 0, h, 2 * h),
+    "a select of constants": lambda h, b: jnp.where(b > 0, 1.0, 2.0),
+    "a cond of constants": lambda h, b: jax.lax.cond(b[0] > 0, lambda: jnp.zeros(3), lambda: jnp.ones(3)),
+    "a mutable array": stored,
+}
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_ways_to_steer_a_trained_leaf_are_seen(name):
+    params = {"base": jnp.ones(3), "head": HEAD}
+    assert STEERED in verdict(fo.assert_update_freezes, steering(STEERING[name]), params, "base")
+    alone = lambda function: transformation(lambda g, s, p=None: (jax.tree.map(lambda h: function(h, h), g), s))
+    if name != "a mutable array":  # of which nothing is known
+        assert fo.assert_update_freezes(fo.with_frozen(alone(STEERING[name]), "base"), params, "base")
+
+
+def test_leaves_that_are_no_arrays_do_not_shift_which_gradients_are_frozen():
+    params = {"act": jax.nn.relu, "c": jnp.ones(3), "enc": jnp.ones(3)}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), fo.freeze(["enc", "act"]))
+    assert STEERED in verdict(fo.assert_update_freezes, tx, params, ["enc", "act"])
+    found = fo.assert_update_freezes(fo.with_frozen(optax.adam(1e-3), ["act", "c"]), params, ["act", "c"])
+    assert found == {"act": "absent", "c": "a constant -0.0"}
+
+
+def test_a_state_with_leaves_that_are_no_numbers():
+    float0 = np.zeros(3, jax.dtypes.float0)
+
+    def update(gradients, state, params=None):
+        first, _, there, _ = state
+        return {"base": jnp.zeros(3), "head": there}, (first, jnp.zeros(3), gradients["base"], jnp.zeros(3))
+
+    tx = transformation(update, (float0, jnp.zeros(3), jnp.zeros(3), jnp.zeros(3)))
+    message = verdict(fo.assert_update_freezes, tx, {"base": jnp.ones(3), "head": HEAD}, "base")
+    assert "head: refuted: at step 2, where frozen gradients are another" in message
+    assert "the state (2)" in message
+
+
+def test_a_frozen_gradient_among_the_extra_arguments_is_one():
+    params = make_params()
+    tx = optax.chain(optax.freeze(MASK), optax.lbfgs(), fo.freeze("encoder"))
+    args = extra_args("lbfgs", loss, params, jax.grad(loss)(params))
+    message = verdict(fo.assert_update_freezes, tx, params, "encoder", **args)
+    assert "depends on the gradients of frozen leaves (grad/encoder/" in message
+
+
+def test_an_update_of_another_shape_is_none_at_all():
+    tx = transformation(lambda g, s, p=None: ({"base": jnp.zeros((2, 3)), "head": g["head"]}, s))
+    message = verdict(fo.assert_update_freezes, tx, {"base": jnp.ones(3), "head": HEAD}, "base")
+    assert "is a leaf float32[2, 3], and the parameter a leaf float32[3]" in message
+
+
+def test_a_key_as_an_update_is_no_zero():
+    tx = transformation(lambda g, s, p=None: (p, s))
+    assert "key: unknown" in verdict(fo.assert_update_freezes, tx, {"key": jax.random.key(0)}, "**")
+
+
+def test_what_is_closed_over_may_be_anything():
+    params, x = arguments()
+    reference = jax.new_ref(jnp.zeros(3)) if hasattr(jax, "new_ref") else jax.experimental.mutable_array(jnp.zeros(3))
+    gone = jnp.ones(3)
+
+    def step(params, x):
+        reference[...] = reference[...] + x
+        return params | {"head": jax.tree.map(lambda p: p + jnp.sum(gone), params["head"])}
+
+    assert fo.assert_step_freezes(step, params, x, frozen="encoder")
+
+    @jax.jit
+    def inside(y):
+        proved = fo.assert_step_freezes(
+            lambda p, x: p | {"head": jax.tree.map(lambda h: h * y, p["head"])}, params, x, frozen="encoder"
+        )
+        assert set(proved.values()) == {"itself"}
+        refuted = verdict(fo.assert_step_freezes, kernel_to(lambda k, x: k + y), params, x, frozen="encoder")
+        assert "encoder/kernel: unknown" in refuted
+        return y
+
+    inside(1.0)
+
+
+def test_narrow_constants_that_do_not_know_each_other():
+    step = of_base(lambda p, h: p + jnp.ones(3, "int4").astype("uint4").astype("int4").astype(p.dtype))
+    assert "refuted" in verdict(fo.assert_step_freezes, step, {"base": FLOATS, "head": HEAD}, frozen="base")
+    step = of_base(lambda p, h: p + jax.lax.sort((known(0.0, 0.0, 0.0)(h), jnp.zeros(3, "int8")), num_keys=1)[0])
+    assert fo.assert_step_freezes(step, {"base": FLOATS, "head": HEAD}, frozen="base")["base"].startswith(SIGN)
+
+
+def test_a_loop_that_nan_would_keep_going_comes_to_an_end():
+    endless = lambda g: jax.lax.while_loop(lambda x: ~(jnp.abs(x) < 1), lambda x: x * 0.5, g[0])
+    tx = transformation(lambda g, s, p=None: ({"base": jnp.zeros(3) * endless(g["head"]), "head": g["head"]}, s))
+    assert "base: unknown" in verdict(fo.assert_update_freezes, tx, {"base": jnp.ones(3), "head": HEAD}, "base")
+    tx = steering(lambda h, b: h * endless(b))
+    assert "head: refuted" in verdict(fo.assert_update_freezes, tx, {"base": jnp.ones(3), "head": HEAD}, "base")
+
+
+@pytest.mark.parametrize(
+    "own", ["bool", "int8", "uint8", "int4", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+)
+def test_a_dtype_that_holds_another_gives_back_every_number(own):
+    """All patterns of narrow types, there and back with numpy; subnormals and NaNs aside."""
+    own = jnp.dtype(own)
+    size = 2 ** (8 * own.itemsize)
+    if own == np.bool_ or own == jnp.int4:
+        every = np.arange(-8, 8).astype(own)
+    else:
+        every = np.arange(size).astype(f"uint{8 * own.itemsize}").view(own)
+    wide = [
+        *[
+            "bool",
+            "int8",
+            "uint8",
+            "int16",
+            "uint16",
+            "int32",
+            "uint32",
+            "int64",
+            "float16",
+            "bfloat16",
+            "float32",
+            "float64",
+            "complex64",
+        ],
+        own,
+    ]
+    narrow = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e8m0fnu", "int4", "uint4"]
+    held = set()
+    for name in (*wide, *narrow):
+        new = jnp.dtype(name)
+        with np.errstate(all="ignore"):
+            numbers = every.astype(np.float64)
+            back = numbers.astype(new).astype(np.complex128).real.astype(own).astype(np.float64)
+        is_float = own != np.bool_ and jnp.issubdtype(own, jnp.floating)
+        normal = np.abs(numbers) >= float(jnp.finfo(own).tiny) if is_float else slice(None)
+        same = np.array_equal(back[normal], numbers[normal])
+        assert same or not _numbers.holds(new, own), (own, new)
+        held |= {new.name} if _numbers.holds(new, own) else set()
+    assert {own.name, "float32", "float64", "complex64"} <= held
+
+
+def test_constants_on_which_platforms_disagree_are_not_known():
+    of = lambda *numbers, dtype=np.float32: _numbers.of_array(np.array(numbers, dtype), np.dtype(dtype))
+    assert of(0.0, -0.0) == _numbers.zeros(np.dtype("float32"))
+    assert of(1e-45) is of(np.nan) is of(np.inf) is of(1, 2, 3, 4, 5) is None
+    assert of(dtype=np.float32) == frozenset()
+    assert len(of(*[0.0, 1.0] * 1000)) == 2
+    assert of(*[0.0] * 100, 1, 2, 3, 4, 5) is None
+    after = functools.partial(_numbers.after, params={}, dtypes=[np.dtype("float32")] * 2, dtype=np.dtype("float32"))
+    assert after("mul", operands=[of(3.0), of(0.1)]) is None
+    assert after("mul", operands=[of(0.0), of(0.1)]) == of(0.0)
+    assert after("mul", operands=[of(0.0), None]) is None
+    assert after("add", operands=[of(0.1), of(-0.1)]) is None
+    assert after("sub", operands=[of(0.0), of(0.0)]) == of(0.0)
+    assert after("div", operands=[of(0.0), of(0.0)]) is None
+    assert after("max", operands=[of(0.0), of(-0.0)]) == _numbers.zeros(np.dtype("float32"))
+    assert after("max", operands=[of(0.0), of(1.0)]) == of(1.0)
+    assert (
+        after("convert_element_type", operands=[of(0.5)], dtype=np.dtype("int32"), dtypes=[np.dtype("float32")]) is None
+    )
 
 
 # --- whole steps, as they are written
