@@ -90,8 +90,9 @@ def test_no_optimizer_that_moves_a_leaf_or_is_steered_in_a_run_is_proved(name, m
         given = optax.LookaheadParams.init_synced(params) if name == "lookahead" else params
         args = extra_args(name, loss, params, gradient)
         message = verdict(fo.assert_update_freezes, tx, given, "encoder", **args)
-        if way == "with_frozen":
+        if way == "with_frozen":  # whose runs are in test_optimizers.py
             assert message == ""
+            continue
         if "after" in way:
             assert MOVED not in message
         if MOVED in message:
