@@ -487,7 +487,11 @@ HOSTILE = {
     ),
     "the maximum of nothing": (
         FLOATS,
-        of_base(lambda p, h: p + jnp.exp(jax.lax.reduce_max(jnp.zeros((0,)), (0,))) + 1),
+        of_base(lambda p, h: p + jnp.broadcast_to(jax.lax.reduce_max(jnp.zeros((0,)), (0,)), p.shape)),
+    ),
+    "one of two in a select": (
+        FLOATS,
+        lambda p: p | {"base": jnp.where(p["head"] > 0, p["twin"], p["base"])},
     ),
     "plus a constant cast to an integer": (
         FLOATS,
@@ -852,6 +856,15 @@ def test_a_step_over_eight_devices():
     assert "1 of 2 frozen leaves" in verdict(prove, shifted, params, x)
     first = of(lambda p: p | {"norm": jax.lax.pmean(p["norm"], "x")})
     assert "norm: unknown" in verdict(prove, first, params, x)
+
+
+def test_a_part_that_comes_out_elsewhere_is_another_array():
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    of = lambda out: jax.shard_map(lambda p: p, mesh=mesh, in_specs=P(("x", "y")), out_specs=out, check_vma=False)
+    step = lambda out: lambda params: params | {"base": of(out)(params["base"])}
+    params = {"base": jnp.arange(4.0), "head": HEAD}
+    assert fo.assert_step_freezes(step(P(("x", "y"))), params, frozen="base") == {"base": "itself"}
+    assert "base: refuted" in verdict(fo.assert_step_freezes, step(P(("y", "x"))), params, frozen="base")
 
 
 @pytest.mark.parametrize(
