@@ -10,7 +10,7 @@ import jax
 
 from frozen_optax._assertions import difference
 from frozen_optax._findings import Finding, require_proved, section
-from frozen_optax._flow import SIGN_OF_ZERO
+from frozen_optax._handed import SIGN_OF_ZERO
 from frozen_optax._places import Where, Within
 from frozen_optax._programs import Inputs, Result, is_array_or_float, is_number, trace
 from frozen_optax._rows import successor_of
