@@ -1,1 +1,1 @@
-"""Figures, printed: `python -m benchmarks.claims`."""
+"""What holding a part of a model costs, and what becomes of optimizers: `python -m benchmarks`."""

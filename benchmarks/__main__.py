@@ -1,11 +1,13 @@
-"""The benchmark suite: `python -m benchmarks`, about twenty minutes on two cores, `--quick` less than two.
+"""The benchmark suite: `python -m benchmarks`, twenty minutes on two cores; `--quick`, two.
 
-What holding a part of a model still costs, with this library and with its peers, as ratios to the limit: a step written
-by hand for the trained part alone. All contenders run side by side in one process, in turn. A full run rewrites the
-README's figures. It needs `pip install -e '.[benchmarks]'`.
+What holding a part of a model still costs, with this library and with its peers, as ratios to the
+limit: a step written by hand for the trained part alone. All contenders run side by side in one
+process, in turn. A full run rewrites the figures of the README and of `docs/`. It needs `pip
+install -e '.[benchmarks]'`.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from benchmarks.measures import elsewhere
 from benchmarks.suite import PARTS, full, quick, run
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -29,12 +31,16 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(tables.environment(results), highlight=False)
     for key, section in results["sections"].items():
         table = Table(title=f"{key}: {section['title']}", title_justify="left")
-        for column in ("", *tables.MEASURES.values()):
+        measures = tables.measured(section)
+        for column in ("", *(tables.MEASURES[measure] for measure in measures)):
             table.add_column(column, justify="right" if column else "left")
-        for row in tables.section_rows(section):
+        for row in tables.section_rows(section, measures):
             table.add_row(*row)
         console.print(table)
-    table = Table(title="peak process memory: parameters and state, and what a step adds to them", title_justify="left")
+    table = Table(
+        title="peak process memory: parameters and state, and what a step adds to them",
+        title_justify="left",
+    )
     for column in ("", "held", "added"):
         table.add_column(column, justify="right" if column else "left")
     for name, figures in results["memory"].items():
@@ -54,7 +60,12 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def progress(console: Console) -> Callable[[int], Callable[[str], None]]:
     """A bar on the terminal."""
-    columns = (TextColumn("{task.description:60.60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:60.60}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     bar = Progress(*columns, console=console, transient=True)
 
     def begin(amount: int) -> Callable[[str], None]:
@@ -66,19 +77,41 @@ def progress(console: Console) -> Callable[[int], Callable[[str], None]]:
 
 
 def main() -> None:
-    """Measures, prints, and writes a JSON file and plots; the full run also the README's figures."""
+    """Measures, prints, and writes a JSON file and plots; the full run also the pages' figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less than two minutes")
-    parser.add_argument("--out", type=Path, help="folder for results.json and the plots (default: benchmarks/results)")
     parser.add_argument(
-        "--readme", action="store_true", help="measure nothing: fill the README from results.json again"
+        "--out",
+        type=Path,
+        help="folder for results.json and the plots (default: benchmarks/results)",
     )
-    parser.add_argument("--part", choices=PARTS, help="measure this alone anew, and keep the rest of results.json")
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="measure nothing: fill the README and docs/ from results.json again",
+    )
+    parser.add_argument(
+        "--part", choices=PARTS, help="measure this alone anew, and keep the rest of results.json"
+    )
+    parser.add_argument(
+        "--section",
+        action="append",
+        choices=[section.key for section in full().sections],
+        help="measure this section alone anew, and keep the rest; it may be given several times",
+    )
     args = parser.parse_args()
     folder = args.out or (HERE / "quick" if args.quick else HERE / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    path, console = folder / "results.json", Console(width=150)
-    if args.part:
+    path, console = folder / "results.json", Console(width=180)
+    if args.section:
+        anew = dataclasses.replace(full(), memory=[], communication=[], parts=[])
+        anew = dataclasses.replace(
+            anew, sections=[s for s in anew.sections if s.key in args.section]
+        )
+        results = json.loads(path.read_text())
+        results["sections"] |= run(anew, progress(console))["sections"]
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    elif args.part:
         results = json.loads(path.read_text()) | elsewhere(f"benchmarks.{args.part}")
         path.write_text(json.dumps(results, indent=1) + "\n")
     elif not args.readme:
@@ -91,10 +124,13 @@ def main() -> None:
     from benchmarks.plots import draw  # after the measurements, which it would only weigh down
 
     drawn = draw(results, folder)
-    console.print(f"{results['minutes']} minutes; wrote {path}, {', '.join(map(str, drawn))}", highlight=False)
+    console.print(
+        f"{results['minutes']} minutes; wrote {path}, {', '.join(map(str, drawn))}", highlight=False
+    )
     if not args.quick and not args.out:
-        README.write_text(tables.fill(README.read_text(), results))
-        console.print("filled the README's figures")
+        for page in PAGES:
+            page.write_text(tables.fill(page.read_text(), results))
+        console.print("filled the figures of the README and of docs/")
 
 
 if __name__ == "__main__":

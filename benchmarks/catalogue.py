@@ -1,9 +1,10 @@
-"""Every optimizer of optax and optax.contrib, found by introspection, and what each needs to take a step.
+"""Every optimizer of optax and optax.contrib, by introspection, and what each needs for a step.
 
-An optimizer is whatever a public function of `optax`, `optax.contrib` or `optax.transforms` returns that is a
-`GradientTransformation`. Arguments without a default are filled in by name from `ARGUMENTS`, so a new optimizer joins
-by itself. One that cannot be built that way fails `test_every_optimizer_is_in_the_catalogue` until it stands in
-`ARGUMENTS` or, with its reason, in `LEFT_OUT`.
+An optimizer is whatever a public function of `optax`, `optax.contrib` or `optax.transforms` returns
+that is a `GradientTransformation`. Arguments without a default are filled in by name from
+`ARGUMENTS`, so a new optimizer joins by itself. One that cannot be built that way fails
+`test_every_optimizer_is_in_the_catalogue` until it stands in `ARGUMENTS` or, with its reason, in
+`LEFT_OUT`.
 """
 
 import functools
@@ -18,10 +19,10 @@ import optax
 import optax.contrib
 
 LEFT_OUT = {
-    "contrib.scale_by_muon": "raises on a tree with a bias (optax 0.2.6 to 0.2.8); contrib.muon stands for it",
+    "contrib.scale_by_muon": "raises on a tree with a bias (optax 0.2.6 to 0.2.8), unlike muon",
     "measure_with_ema": "a part of optax.monitor: what it returns is a measurement and no update",
-    "contrib.differentially_private_aggregate": "needs per-example gradients: a batch axis that parameters do not have",
-    "contrib.dpsgd": "needs per-example gradients, as it is built on differentially_private_aggregate",
+    "contrib.differentially_private_aggregate": "needs per-example gradients, an axis more",
+    "contrib.dpsgd": "is built on differentially_private_aggregate",
 }
 
 
@@ -66,8 +67,12 @@ ARGUMENTS: dict[str, Any] = {
 SPECIAL: dict[str, Callable[..., optax.GradientTransformation]] = {
     "add_decayed_weights": lambda build: optax.chain(build(weight_decay=0.1), optax.scale(-0.1)),
     "add_noise": lambda build: build(eta=0.1, gamma=0.5, key=jax.random.key(0)),
-    "chain": lambda build: build(optax.clip_by_global_norm(0.1), optax.adamw(0.05, weight_decay=0.1)),
-    "named_chain": lambda build: build(("clip", optax.clip_by_global_norm(0.1)), ("adamw", optax.adamw(0.05))),
+    "chain": lambda build: build(
+        optax.clip_by_global_norm(0.1), optax.adamw(0.05, weight_decay=0.1)
+    ),
+    "named_chain": lambda build: build(
+        ("clip", optax.clip_by_global_norm(0.1)), ("adamw", optax.adamw(0.05))
+    ),
     "noisy_sgd": lambda build: build(0.05, key=jax.random.key(0)),
     "keep_params_nonnegative": lambda build: optax.chain(optax.sgd(0.5), build()),
     "stateless_with_tree_map": lambda build: build(lambda u, p: -0.1 * u),
@@ -88,7 +93,11 @@ EXTRA_ARGS = {
 
 
 def _public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
-    for module, prefix in ((optax, ""), (optax.contrib, "contrib."), (optax.transforms, "transforms.")):
+    for module, prefix in (
+        (optax, ""),
+        (optax.contrib, "contrib."),
+        (optax.transforms, "transforms."),
+    ):
         for name in sorted(vars(module)):
             value = getattr(module, name)
             if name.startswith("_") or not callable(value) or inspect.isclass(value):
@@ -116,7 +125,8 @@ def _build(name: str, function: Callable[..., Any]) -> optax.GradientTransformat
     needed = [
         parameter.name
         for parameter in inspect.signature(function).parameters.values()
-        if parameter.default is kinds.empty and parameter.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+        if parameter.default is kinds.empty
+        and parameter.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
     ]
     if short == "scale_by_learning_rate":
         needed = ["learning_rate"]
@@ -156,4 +166,7 @@ def make(name: str) -> optax.GradientTransformationExtraArgs:
 def extra_args(name: str, loss: Callable[[Any], Any], params: Any, gradient: Any) -> dict[str, Any]:
     """The extra arguments that optimizer `name` needs, for the loss at `params`."""
     available = {"grad": gradient, "value_fn": loss, "obj_fn": loss}
-    return {each: loss(params) if each == "value" else available[each] for each in EXTRA_ARGS.get(name, ())}
+    return {
+        each: loss(params) if each == "value" else available[each]
+        for each in EXTRA_ARGS.get(name, ())
+    }

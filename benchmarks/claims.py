@@ -1,8 +1,8 @@
-"""What becomes of each optimizer under each way of freezing, and how long patterns take. Prints one line of JSON.
+"""What becomes of each optimizer under each way of freezing, and how long patterns take.
 
-Three steps of each optimizer of the catalogue on a small model with finite frozen gradients, op by op, so that two runs
-of the same arithmetic agree in every bit: frozen leaves move, frozen gradients steer the trained part, it raises, or
-none of these.
+Three steps of each optimizer of the catalogue on a small model with finite frozen gradients, op by
+op, so that two runs of the same arithmetic agree in every bit: frozen leaves move, frozen gradients
+steer the trained part, it raises, or none of these. Prints one line of JSON.
 """
 
 import json
@@ -42,8 +42,14 @@ def _loss(params: Any) -> Any:
     hidden = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
     if "encoder" in params:  # a gradient for the frozen leaves, without a part in the value
         table, kernel = params["encoder"]["table"], params["encoder"]["kernel"]
-        hidden = hidden + (table - jax.lax.stop_gradient(table)) + (kernel - jax.lax.stop_gradient(kernel))
-    return jnp.mean((jnp.tanh(hidden @ params["head"]["kernel"] + params["head"]["bias"]) - 0.5) ** 2)
+        hidden = (
+            hidden
+            + (table - jax.lax.stop_gradient(table))
+            + (kernel - jax.lax.stop_gradient(kernel))
+        )
+    return jnp.mean(
+        (jnp.tanh(hidden @ params["head"]["kernel"] + params["head"]["bias"]) - 0.5) ** 2
+    )
 
 
 def _run(name: str, wrap: Way, params: Any, apply: Callable[[Any, Any], Any]) -> Any:
@@ -54,7 +60,9 @@ def _run(name: str, wrap: Way, params: Any, apply: Callable[[Any, Any], Any]) ->
     def step(params: Any, state: Any) -> Any:
         one = params.fast if name == "lookahead" else params
         gradients = jax.grad(_loss)(one)
-        updates, state = tx.update(gradients, state, params, **extra_args(name, _loss, one, gradients))
+        updates, state = tx.update(
+            gradients, state, params, **extra_args(name, _loss, one, gradients)
+        )
         return apply(params, updates), state
 
     state = tx.init(params)
@@ -91,7 +99,10 @@ def optimizers() -> dict[str, dict[str, list[str]]]:
 def selecting() -> dict[str, float]:
     """Seconds for ten patterns on 100,000 leaves, the first time and when resolved before."""
     leaf = jax.ShapeDtypeStruct((), jnp.float32)
-    tree = {f"layer_{i:04d}": {f"part_{j}": {"kernel": leaf, "bias": leaf} for j in range(10)} for i in range(5_000)}
+    tree = {
+        f"layer_{i:04d}": {f"part_{j}": {"kernel": leaf, "bias": leaf} for j in range(10)}
+        for i in range(5_000)
+    }
     selector = fo.by_path(*[f"**/part_{j}/kernel" for j in range(10)])
     taken = {}
     for time_of in ("first", "again"):

@@ -1,11 +1,13 @@
-"""Ways to train a part of a model, each as its users would write it, and the limit: a step for that part alone.
+"""Ways to train a part of a model, as users would write them, and the limit: that part alone.
 
-Every contender takes one workload and one optimizer and gives a step, its first arguments, and how it is compiled. A
-step returns the successors of its first arguments, so that it can be run again and again.
+Every contender takes one workload and one optimizer and gives a training: a step, its first
+arguments, and how it is compiled. A step returns the successors of its first arguments, so that it
+can be run again and again.
 """
 
 import dataclasses
-import importlib
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,20 +22,58 @@ from benchmarks.workloads import Tree, Workload
 Optimizer = optax.GradientTransformation
 
 
+GREY, GREEN, ORANGE, PURPLE, BLACK = "#b0b0b0", "#1b7837", "#c2703d", "#8c6bb1", "black"
+
+
 @dataclasses.dataclass(frozen=True)
-class Contender:
-    """A step ready to be compiled: `step(*state, batch)` returns the next `state`, all but `constant` of it."""
+class Training:
+    """A step ready to be compiled: `step(*state, *constant, batch)` returns the next `state`."""
 
     step: Callable[..., Any]
     state: tuple[Any, ...]
     compiler: Callable[..., Any] = jax.jit
     constant: tuple[Any, ...] = ()  # arguments between the state and the batch that stay the same
-    whole: Callable[[Any], Tree] = lambda state: state[0]  # the parameters after a step, for the checks
+    # The parameters after a step, for the checks.
+    whole: Callable[[Any], Tree] = lambda state: state[0]
     optimizer_state: Callable[[Any], Any] = lambda state: state[1]
 
     def compile_with(self, donate: bool) -> Any:
         """The step, compiled when first called."""
-        return self.compiler(self.step, donate_argnums=tuple(range(len(self.state))) if donate else ())
+        donated = tuple(range(len(self.state))) if donate else ()
+        return self.compiler(self.step, donate_argnums=donated)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Legend:
+    """How tables and pictures show what was measured."""
+
+    name: str  # what wraps the optimizer `tx`, and what is not jax's and optax's own
+    title: str  # as the README calls it
+    colour: str = GREY
+    bar: bool = True  # in the picture of costs
+    line: bool = False  # in the picture of growth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contender(Legend):
+    """A way to train a part of a model: of a workload and an optimizer it makes a training."""
+
+    prepare: Callable[[Workload, Optimizer], Training]
+    moves: bool = False  # a frozen leaf moves, or may: zeroed gradients do not stop weight decay
+
+    def __call__(self, workload: Workload, tx: Optimizer) -> Training:
+        """The step of this contender, from the beginning."""
+        return self.prepare(workload, tx)
+
+
+def adamw() -> Optimizer:
+    """The optimizer of all measurements."""
+    return optax.adamw(1e-3)
+
+
+def on_shapes(tx: Optimizer) -> Optimizer:
+    """An optimizer whose state is shapes and no arrays, for models that fit nowhere."""
+    return optax.GradientTransformation(lambda params: jax.eval_shape(tx.init, params), tx.update)
 
 
 def plain(
@@ -42,7 +82,7 @@ def plain(
     apply: Callable[..., Any] = optax.apply_updates,
     gradient: Callable[..., Any] = jax.value_and_grad,
     compiler: Callable[..., Any] = jax.jit,
-) -> Contender:
+) -> Training:
     """A train step over the whole tree, as in the documentation of Optax."""
 
     def step(params: Tree, state: Any, batch: Any) -> Any:
@@ -50,20 +90,24 @@ def plain(
         updates, state = tx.update(grads, state, params)
         return apply(params, updates), state
 
-    return Contender(step, (workload.params, tx.init(workload.params)), compiler)
+    return Training(step, (workload.params, tx.init(workload.params)), compiler)
 
 
-def limit(workload: Workload, tx: Optimizer) -> Contender:
+def limit(workload: Workload, tx: Optimizer) -> Training:
     """Written by hand: frozen leaves are arguments that are neither differentiated nor returned."""
 
     def step(trainable: Tree, state: Any, frozen: Tree, batch: Any) -> Any:
-        grads = jax.grad(lambda trainable: workload.loss({**frozen, **trainable}, batch))(trainable)
+        loss = lambda trainable: workload.loss({**frozen, **trainable}, batch)
+        grads = jax.grad(loss)(trainable)
         updates, state = tx.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state
 
     frozen, trainable = workload.part(trained=False), workload.part(trained=True)
-    return Contender(
-        step, (trainable, tx.init(trainable)), constant=(frozen,), whole=lambda state: {**frozen, **state[0]}
+    return Training(
+        step,
+        (trainable, tx.init(trainable)),
+        constant=(frozen,),
+        whole=lambda state: {**frozen, **state[0]},
     )
 
 
@@ -72,41 +116,49 @@ def _selector(workload: Workload) -> fo.Selector:
 
 
 def ours(
-    workload: Workload, tx: Optimizer, *, gradient: bool = True, jit: bool = True, apply: Any = fo.apply_updates
-) -> Contender:
+    workload: Workload,
+    tx: Optimizer,
+    *,
+    gradient: bool = True,
+    jit: bool = True,
+    apply: Any = fo.apply_updates,
+) -> Training:
     """`with_frozen`, and what else of this library is asked for."""
-    trained = _selector(workload)
+    wrapped = fo.with_frozen(tx, trainable=_selector(workload))
+    our_gradient = lambda loss: fo.value_and_grad(loss, wrapped)
+    our_jit = lambda step, **options: fo.jit(step, frozen=wrapped, **options)
     return plain(
         workload,
-        fo.with_frozen(tx, trainable=trained),
+        wrapped,
         apply,
-        (lambda loss: fo.value_and_grad(loss, trainable=trained)) if gradient else jax.value_and_grad,
-        (lambda step, **options: fo.jit(step, trainable=trained, **options)) if jit else jax.jit,
+        gradient=our_gradient if gradient else jax.value_and_grad,
+        compiler=our_jit if jit else jax.jit,
     )
 
 
-def restoring(workload: Workload, tx: Optimizer) -> Contender:
+def restoring(workload: Workload, tx: Optimizer) -> Training:
     """The frozen weights assigned back at the end of each step."""
-    contender, trained = plain(workload, tx), _selector(workload)
+    training, trained = plain(workload, tx), _selector(workload)
 
     def step(params: Tree, state: Any, batch: Any) -> Any:
-        new, state = contender.step(params, state, batch)
+        new, state = training.step(params, state, batch)
         return fo.restore(new, params, trainable=trained), state
 
-    return dataclasses.replace(contender, step=step)
+    return dataclasses.replace(training, step=step)
 
 
-def equinox(workload: Workload, tx: Optimizer) -> Contender:
+def equinox(workload: Workload, tx: Optimizer) -> Training:
     """`eqx.partition` inside the step: differentiate and update the one part, combine again."""
     is_trained = jax.tree.map(lambda frozen: not frozen, workload.mask())
 
     def step(params: Tree, state: Any, batch: Any) -> Any:
         trainable, frozen = eqx.partition(params, is_trained)
-        grads = jax.grad(lambda trainable: workload.loss(eqx.combine(trainable, frozen), batch))(trainable)
+        loss = lambda trainable: workload.loss(eqx.combine(trainable, frozen), batch)
+        grads = jax.grad(loss)(trainable)
         updates, state = tx.update(grads, state, trainable)
         return eqx.combine(eqx.apply_updates(trainable, updates), frozen), state
 
-    return Contender(step, (workload.params, tx.init(eqx.filter(workload.params, is_trained))))
+    return Training(step, (workload.params, tx.init(eqx.filter(workload.params, is_trained))))
 
 
 class _Module(nnx.Module):
@@ -116,8 +168,8 @@ class _Module(nnx.Module):
         self.groups = nnx.data(jax.tree.map(nnx.Param, params))
 
 
-def flax_nnx(workload: Workload, tx: Optimizer) -> Contender:
-    """NNX with `DiffState` and `wrt`, under `jax.jit` by `split` and `merge`, the fast way of its documentation."""
+def flax_nnx(workload: Workload, tx: Optimizer) -> Training:
+    """NNX with `DiffState` and `wrt`, under `jax.jit` by `split` and `merge`, its fast way."""
     trained = lambda path, _: any(part in workload.trained for part in path)
     is_param = nnx.All(nnx.Param, trained)
     model = _Module(workload.params)
@@ -125,53 +177,160 @@ def flax_nnx(workload: Workload, tx: Optimizer) -> Contender:
 
     def step(state: Any, batch: Any) -> Any:
         model, optimizer = nnx.merge(definition, state)
-        loss = lambda model: workload.loss(jax.tree.map(lambda p: p[...], model.groups, is_leaf=_is_param), batch)
+        loss = lambda model: workload.loss(_values(model), batch)
         grads = nnx.grad(loss, argnums=nnx.DiffState(0, is_param))(model)
         optimizer.update(model, grads)
         return (nnx.state((model, optimizer)),)
 
     def whole(state: Any) -> Tree:
-        return jax.tree.map(lambda p: p[...], nnx.merge(definition, state[0])[0].groups, is_leaf=_is_param)
+        model, _ = nnx.merge(definition, state[0])
+        return _values(model)
 
-    return Contender(step, (state,), whole=whole, optimizer_state=lambda state: state[0][1])
-
-
-def _is_param(node: Any) -> bool:
-    return isinstance(node, nnx.Param)
+    return Training(step, (state,), whole=whole, optimizer_state=lambda state: state[0][1])
 
 
-def _partial_updates() -> Any:
-    try:
-        return importlib.import_module("kauldron.optim").partial_updates
-    except ImportError:
-        return None
+def _values(model: _Module) -> Tree:
+    is_param = lambda node: isinstance(node, nnx.Param)
+    return jax.tree.map(lambda param: param[...], model.groups, is_leaf=is_param)
 
 
-# Each name says what wraps the optimizer `tx`, and what is not jax's and optax's own.
-CONTENDERS: dict[str, Callable[[Workload, Optimizer], Contender]] = {
-    "limit": limit,
-    "fo.jit": ours,
-    "fo.jit, optax.apply_updates": lambda w, tx: ours(w, tx, apply=optax.apply_updates),
-    "fo.value_and_grad": lambda w, tx: ours(w, tx, jit=False),
-    "fo.with_frozen": lambda w, tx: ours(w, tx, jit=False, gradient=False),
-    "chain(tx, fo.freeze)": lambda w, tx: plain(w, optax.chain(tx, fo.freeze(w.mask())), fo.apply_updates),
-    "fo.restore": restoring,
-    "chain(tx, optax.freeze)": lambda w, tx: plain(w, optax.chain(tx, optax.freeze(w.mask()))),
-    "chain(masked(set_to_zero), tx)": lambda w, tx: plain(
-        w, optax.chain(optax.masked(optax.set_to_zero(), w.mask()), tx)
+def frozen_gradients_zeroed(workload: Workload, tx: Optimizer) -> Training:
+    """Zeros before the optimizer, as is often written; what the optimizer adds by itself stays."""
+    zeroed = optax.masked(optax.set_to_zero(), workload.mask())
+    return plain(workload, optax.chain(zeroed, tx))
+
+
+def frozen_updates_zeroed(
+    freeze: Callable[[Tree], Optimizer], apply: Callable[..., Any]
+) -> Callable[[Workload, Optimizer], Training]:
+    """Zeros after the optimizer, by one library's transform or the other's."""
+    return lambda workload, tx: plain(workload, optax.chain(tx, freeze(workload.mask())), apply)
+
+
+def selective(workload: Workload, tx: Optimizer) -> Training:
+    """The wrapper of optax around the optimizer."""
+    return plain(workload, optax.selective_transform(tx, freeze_mask=workload.mask()))
+
+
+def selective_clipped_outside(workload: Workload, _: Optimizer) -> Training:
+    """The same with clipping around it, where optax's wrapper lets it stand."""
+    wrapped = optax.selective_transform(adamw(), freeze_mask=workload.mask())
+    return plain(workload, optax.chain(optax.clip_by_global_norm(1.0), wrapped))
+
+
+def kauldron(workload: Workload, tx: Optimizer) -> Training:
+    """The wrapper of kauldron, where it is installed."""
+    trained = jax.tree.map(lambda frozen: not frozen, workload.mask())
+    partial_updates = importlib.import_module("kauldron.optim").partial_updates
+    return plain(workload, partial_updates(tx, trained))
+
+
+LIMIT = Contender(
+    name="limit",
+    title="the limit, by hand",
+    prepare=limit,
+    colour=BLACK,
+    bar=False,
+    line=True,
+)
+OURS = [
+    Contender(
+        name="fo.jit",
+        title="**this library**, as in the first example",
+        prepare=ours,
+        colour=GREEN,
+        line=True,
     ),
-    "optax.selective_transform": lambda w, tx: plain(w, optax.selective_transform(tx, freeze_mask=w.mask())),
-    "eqx.partition": equinox,
-    "nnx.DiffState": flax_nnx,
-    "nothing frozen": plain,
-}
+    Contender(
+        name="fo.jit, optax.apply_updates",
+        title="with `optax.apply_updates`",
+        prepare=functools.partial(ours, apply=optax.apply_updates),
+        colour=GREEN,
+        bar=False,
+    ),
+    Contender(
+        name="fo.value_and_grad",
+        title="with `jax.jit`",
+        prepare=functools.partial(ours, jit=False),
+        colour=GREEN,
+    ),
+    Contender(
+        name="fo.with_frozen",
+        title="with `jax.jit` and `jax.grad`",
+        prepare=functools.partial(ours, jit=False, gradient=False),
+        colour=GREEN,
+    ),
+    Contender(
+        name="chain(tx, fo.freeze)",
+        title="`optax.chain(tx, fo.freeze(...))`",
+        prepare=frozen_updates_zeroed(fo.freeze, fo.apply_updates),
+        colour=GREEN,
+        bar=False,
+    ),
+    Contender(
+        name="fo.restore",
+        title="`fo.restore` after the step",
+        prepare=restoring,
+        colour=GREEN,
+    ),
+]
+PEERS = [
+    Contender(
+        name="chain(tx, optax.freeze)",
+        title="`optax.chain(tx, optax.freeze(...))`",
+        prepare=frozen_updates_zeroed(optax.freeze, optax.apply_updates),
+        colour=PURPLE,
+        line=True,
+    ),
+    Contender(
+        name="chain(masked(set_to_zero), tx)",
+        title="`optax.chain(optax.masked(set_to_zero(), ...), tx)`",
+        prepare=frozen_gradients_zeroed,
+        bar=False,
+        moves=True,
+    ),
+    Contender(
+        name="optax.selective_transform",
+        title="`optax.selective_transform`",
+        prepare=selective,
+        colour=ORANGE,
+        line=True,
+    ),
+    Contender(
+        name="eqx.partition",
+        title="Equinox, `eqx.partition`",
+        prepare=equinox,
+    ),
+    Contender(
+        name="nnx.DiffState",
+        title="Flax NNX, `DiffState` and `wrt`",
+        prepare=flax_nnx,
+    ),
+]
+KAULDRON = Contender(
+    name="kauldron partial_updates",
+    title="kauldron, `partial_updates`",
+    prepare=kauldron,
+)
+NOTHING_FROZEN = Contender(
+    name="nothing frozen",
+    title="nothing frozen",
+    prepare=plain,
+    moves=True,
+)
+CLIPPED_OUTSIDE = Contender(
+    name="chain(clip, optax.selective_transform)",
+    title="`optax.selective_transform`, clipping outside of it",
+    prepare=selective_clipped_outside,
+)
+TORCH = Legend(
+    name="torch requires_grad_",
+    title="PyTorch, `requires_grad_(False)`",
+)
 
-if (partial_updates := _partial_updates()) is not None:
-    CONTENDERS["kauldron partial_updates"] = lambda w, tx: plain(
-        w, partial_updates(tx, jax.tree.map(lambda frozen: not frozen, w.mask()))
-    )
+_INSTALLED = [KAULDRON] if importlib.util.find_spec("kauldron") else []
+CONTENDERS = {each.name: each for each in [LIMIT, *OURS, *PEERS, *_INSTALLED, NOTHING_FROZEN]}
 
-CONTENDERS["nothing frozen"] = CONTENDERS.pop("nothing frozen")  # the last one, whoever is installed
-
-# What moves a frozen leaf, or may: zeroing the gradients does not stop weight decay.
-MOVES = {"chain(masked(set_to_zero), tx)", "nothing frozen"}
+# Whatever results may hold, whoever is installed here.
+_ELSEWHERE = [KAULDRON, CLIPPED_OUTSIDE, TORCH]
+LEGENDS: dict[str, Legend] = {**CONTENDERS, **{each.name: each for each in _ELSEWHERE}}

@@ -1,4 +1,4 @@
-"""How long a fingerprint of 100 MB takes, beside a plain read of it (`jnp.sum`). Prints one line of JSON."""
+"""How long a fingerprint of 100 MB takes, beside `jnp.sum` of it. Prints one line of JSON."""
 
 import json
 import time
@@ -30,7 +30,10 @@ def main() -> None:
     read, found = jax.jit(jnp.sum), {}
     for dtype in ("float32", "bfloat16", "int8"):
         leaf = jnp.ones(BYTES // jnp.dtype(dtype).itemsize, dtype)
-        calls = {"read": lambda leaf=leaf: read(leaf), "fingerprint": lambda leaf=leaf: fo.fingerprint(leaf, "**")}
+        calls = {
+            "read": lambda leaf=leaf: read(leaf),
+            "fingerprint": lambda leaf=leaf: fo.fingerprint(leaf, "**"),
+        }
         found[dtype] = measured(calls)
     print(json.dumps({"fingerprints": found}))
 

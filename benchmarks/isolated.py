@@ -1,4 +1,4 @@
-"""What needs a process of its own: peak memory, and programs for eight devices. Prints one line of JSON."""
+"""What needs its own process: peak memory, programs for eight devices. Prints one line of JSON."""
 
 import argparse
 import json
@@ -6,11 +6,10 @@ import re
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, adamw
 from benchmarks.measures import collectives, nbytes
 from benchmarks.workloads import unrolled
 
@@ -21,22 +20,24 @@ def _status(field: str) -> int:
 
 
 def memory(name: str, layers: int, width: int) -> dict[str, int]:
-    """Parameters and optimizer state, and by how much the process grows above them while it trains."""
+    """Parameters and optimizer state, and by how much training grows the process above them."""
     workload = unrolled(layers, width, 8, {layers - 1}, small_leaves=False)
-    contender = CONTENDERS[name](workload, optax.adamw(1e-3))
-    step, state = contender.compile_with(donate=False), contender.state
-    step.lower(*state, *contender.constant, workload.batch).compile()
+    training = CONTENDERS[name](workload, adamw())
+    step, state = training.compile_with(donate=False), training.state
+    step.lower(*state, *training.constant, workload.batch).compile()
     before = _status("VmRSS")
     with open("/proc/self/clear_refs", "w") as peak:  # the peak begins anew
         peak.write("5")
     for _ in range(5):
-        state = jax.block_until_ready(step(*state, *contender.constant, workload.batch))[: len(state)]
-    held = nbytes(workload.params) + nbytes(contender.optimizer_state(contender.state))
+        state = jax.block_until_ready(step(*state, *training.constant, workload.batch))[
+            : len(state)
+        ]
+    held = nbytes(workload.params) + nbytes(training.optimizer_state(training.state))
     return {"held": held, "grown": max(0, _status("VmHWM") - before)}
 
 
 def communication(names: list[str]) -> dict[str, Any]:
-    """Collectives in a step on eight devices: the batch split, the parameters on each device, or split as well."""
+    """Collectives in a step on eight devices: the batch split, the parameters whole or split."""
     mesh = Mesh(jax.devices()[:8], ("data",))
     workload = unrolled(4, 64, 64, {3}, small_leaves=True)
 
@@ -51,9 +52,12 @@ def communication(names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {way: {} for way in ways}
     for way, place in ways.items():
         for name in names:
-            contender = CONTENDERS[name](workload, optax.adamw(1e-3))
-            args = (*jax.tree.map(place, (contender.state, contender.constant)), split(workload.batch))
-            step = contender.compile_with(donate=False)
+            training = CONTENDERS[name](workload, adamw())
+            args = (
+                *jax.tree.map(place, (training.state, training.constant)),
+                split(workload.batch),
+            )
+            step = training.compile_with(donate=False)
             text = step.lower(*args[0], *args[1], args[2]).compile().as_text()
             found[way][name] = dict(zip(("collectives", "bytes"), collectives(text), strict=True))
     return found

@@ -1,4 +1,4 @@
-"""What a step costs: to trace, to compile, to run, and in FLOPs and bytes by what XLA says of the compiled program."""
+"""What a step costs to trace, to compile and to run, and in FLOPs and bytes as XLA counts them."""
 
 import gc
 import json
@@ -15,11 +15,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.contenders import Contender
+from benchmarks.contenders import Training
 
 Figures = dict[str, float]
+# Steps dispatched one after the other before anything waits for them, as a training loop has it.
+LOOP = 100
 
-_COLLECTIVE = re.compile(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_COLLECTIVE = re.compile(
+    r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
 _SHAPE = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
 
 
@@ -28,12 +32,12 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def compiling(contender: Contender, batch: Any, donate: bool = False) -> tuple[Any, Figures]:
+def compiling(training: Training, batch: Any, donate: bool = False) -> tuple[Any, Figures]:
     """The compiled step, and what it took to make it and what XLA says of it."""
-    args = (*contender.state, *contender.constant, batch)
-    step = contender.compiler(
-        lambda *args: contender.step(*args),  # a new function, so that nothing is remembered of it
-        donate_argnums=tuple(range(len(contender.state))) if donate else (),
+    args = (*training.state, *training.constant, batch)
+    step = training.compiler(
+        lambda *args: training.step(*args),  # a new function, so that nothing is remembered of it
+        donate_argnums=tuple(range(len(training.state))) if donate else (),
     )
     jax.clear_caches()
     gc.collect()
@@ -52,7 +56,7 @@ def compiling(contender: Contender, batch: Any, donate: bool = False) -> tuple[A
         "bytes out": memory.output_size_in_bytes,
         "bytes temporary": memory.temp_size_in_bytes,
         "bytes aliased": memory.alias_size_in_bytes,
-        "state": nbytes(contender.optimizer_state(contender.state)),
+        "state": nbytes(training.optimizer_state(training.state)),
     }
 
 
@@ -68,29 +72,38 @@ def _reach(tree: Any, path: tuple[Any, ...]) -> Any:
     return tree
 
 
-def runner(contender: Contender, batch: Any, donate: bool = False) -> Callable[[], float]:
-    """A function that runs the next step, from where the last one ended, and says how long it took."""
-    step = contender.compile_with(donate)
-    state = jax.tree.map(lambda leaf: leaf.copy(), contender.state) if donate else contender.state
-    path, _ = jax.tree_util.tree_leaves_with_path(state)[-1]  # what one program returns is there all at once
+def runner(training: Training, batch: Any, donate: bool = False) -> Callable[..., float]:
+    """A function that runs the next steps, one or more, and says how long each took.
 
-    def run() -> float:
+    It goes on from where it ended, and waits once, after the last step.
+    """
+    step = training.compile_with(donate)
+    state = jax.tree.map(lambda leaf: leaf.copy(), training.state) if donate else training.state
+    # What one program returns is there all at once, so that any leaf will do.
+    path, _ = jax.tree_util.tree_leaves_with_path(state)[-1]
+
+    def run(steps: int = 1) -> float:
         nonlocal state
         start = time.perf_counter()
-        result = step(*state, *contender.constant, batch)
+        for _ in range(steps - 1):
+            state = step(*state, *training.constant, batch)[: len(state)]
+        result = step(*state, *training.constant, batch)
         _reach(result, path).block_until_ready()
         taken = time.perf_counter() - start
         state = result[: len(state)]
-        return taken
+        return taken / steps
 
     return run
 
 
-def stepping(runners: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Steps of each, in turn, so that whatever else the machine does falls on all of them.
+def stepping(
+    runners: dict[str, Callable[..., float]], rounds: int, *steps: int
+) -> dict[str, list[float]]:
+    """Steps of each, in turn; `steps` at once, if given.
 
-    The order changes from round to round, and only the second of two steps counts: what ran before leaves the caches to
-    the first.
+    So whatever else the machine does falls on all of them. The order changes from round to round,
+    and only the second of two runs counts: what ran before leaves the caches to the first. That is
+    a single step.
     """
     times: dict[str, list[float]] = {name: [] for name in runners}
     order, shuffle = list(runners), random.Random(0).shuffle
@@ -99,16 +112,18 @@ def stepping(runners: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
         gc.collect()
         for name in order:
             runners[name]()
-            times[name].append(runners[name]())
+            times[name].append(runners[name](*steps))
     return {name: each[1:] for name, each in times.items()}
 
 
 def collectives(program: str) -> tuple[int, int]:
-    """How many collectives are in a compiled program, and how many bytes each device gets from them."""
+    """How many collectives a compiled program has, and how many bytes each device gets by them."""
     results = [match[1] for match in _COLLECTIVE.finditer(program)]
     width = lambda dtype: int(re.sub(r"\D", "", dtype)) / 8
     size = lambda dims: int(np.prod([int(dim) for dim in dims.split(",") if dim]))
-    total = sum(width(dtype) * size(dims) for result in results for dtype, dims in _SHAPE.findall(result))
+    total = sum(
+        width(dtype) * size(dims) for result in results for dtype, dims in _SHAPE.findall(result)
+    )
     return len(results), int(total)
 
 
@@ -121,7 +136,9 @@ def spread(values: Iterable[float]) -> Figures:
 
 def elsewhere(*args: str) -> Any:
     """What a module of this package prints as JSON, in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", *args], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *args], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"python -m {' '.join(args)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])

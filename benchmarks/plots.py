@@ -9,23 +9,35 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks.contenders import LEGENDS, Legend
 from benchmarks.tables import MEASURES, ratio
-
-COLOURS = {"fo.jit": "#1b7837", "optax.selective_transform": "#c2703d", "chain(tx, optax.freeze)": "#8c6bb1"}
-LEFT_OUT = {"fo.jit, optax.apply_updates", "chain(tx, fo.freeze)", "chain(masked(set_to_zero), tx)", "limit"}
 
 
 def _bars(axes: Any, section: dict[str, Any], measure: str, title: str) -> None:
-    names = [name for name in section["contenders"] if name not in LEFT_OUT][::-1]
+    names = [name for name in section["contenders"] if LEGENDS[name].bar][::-1]
     values = [ratio(section, name, measure) or 0.0 for name in names]
-    axes.barh(names, values, color=["#1b7837" if name.startswith("fo.") else "#b0b0b0" for name in names])
+    axes.barh(names, values, color=[LEGENDS[name].colour for name in names])
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlim(0.8, max([*values, 10]) * 1.6)
     axes.set_title(title, fontsize=10)
     for name, value in zip(names, values, strict=True):
-        axes.text(value * 1.05, name, f"{value:.2f}" if value < 10 else f"{value:.0f}", va="center", fontsize=7)
+        text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
+        axes.text(value * 1.05, name, text, va="center", fontsize=7)
     axes.tick_params(labelsize=8)
+
+
+def _line(axes: Any, legend: Legend, sections: dict[str, Any]) -> None:
+    """Milliseconds a step of one contender, over the number that ends a section's key."""
+    measured = {
+        float(key.split()[1]): section["contenders"][legend.name]["step"]
+        for key, section in sections.items()
+        if legend.name in section["contenders"]
+    }
+    at = lambda quantile: [step[quantile] * 1e3 for step in measured.values()]
+    style = {"color": legend.colour, "label": legend.name, "markersize": 4}
+    axes.plot(list(measured), at("median"), "o-", **style)
+    axes.fill_between(list(measured), at("low"), at("high"), color=legend.colour, alpha=0.2)
 
 
 def costs(results: dict[str, Any], path: Path) -> None:
@@ -36,7 +48,8 @@ def costs(results: dict[str, Any], path: Path) -> None:
     figure, grid = plt.subplots(2, 3, figsize=(13, 6.5), sharey="row", layout="constrained")
     for axes, (section, measure, title) in zip(grid.flat, shown, strict=True):
         _bars(axes, section, measure, title)
-    figure.suptitle("Ratio to a step written by hand for the trained layer alone (logarithmic; 1 is the limit)")
+    title = "Ratio to a step written by hand for the trained layer alone"
+    figure.suptitle(f"{title} (logarithmic; 1 is the limit)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -45,21 +58,15 @@ def growth(results: dict[str, Any], path: Path) -> None:
     """A step by the number of leaves, and by the share of them that is frozen, in milliseconds."""
     sections = results["sections"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, prefix, label in ((left, "leaves ", "leaves"), (right, "share ", "share of 1,000 leaves that is frozen")):
-        keys = [key for key in sections if key.startswith(prefix)]
-        for name in ("limit", *COLOURS):
-            points = [
-                (float(k.split()[1]), sections[k]["contenders"][name]["step"])
-                for k in keys
-                if name in sections[k]["contenders"]
-            ]
-            xs, steps = [x for x, _ in points], [step for _, step in points]
-            middle = [step["median"] * 1e3 for step in steps]
-            colour = COLOURS.get(name, "black")
-            axes.plot(xs, middle, "o-", color=colour, label=name, markersize=4)
-            axes.fill_between(
-                xs, [s["low"] * 1e3 for s in steps], [s["high"] * 1e3 for s in steps], color=colour, alpha=0.2
-            )
+    halves = {
+        "leaves ": (left, "leaves"),
+        "share ": (right, "share of 1,000 leaves that is frozen"),
+    }
+    for prefix, (axes, label) in halves.items():
+        growing = {key: each for key, each in sections.items() if key.startswith(prefix)}
+        for legend in LEGENDS.values():
+            if legend.line:
+                _line(axes, legend, growing)
         axes.set_xlabel(label)
         axes.set_ylabel("ms a step (median, quartiles)")
         axes.set_yscale("log")

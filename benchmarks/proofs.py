@@ -1,7 +1,7 @@
 """How long proofs take, beside tracing what is proved. Prints one line of JSON.
 
-A step of a thousand small leaves in which the compiler's work would be nothing, with and without this library's
-gradient, and the steps of the two large models, on shapes alone.
+A step of a thousand small leaves in which the compiler's work would be nothing, with and without
+this library's gradient, and the steps of the two large models, on shapes alone.
 """
 
 import json
@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 import frozen_optax as fo
-from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.contenders import CONTENDERS, adamw, on_shapes
 from benchmarks.measures import Figures, spread
 from benchmarks.models import deepseek, llama
 from benchmarks.workloads import Workload, unrolled
@@ -28,19 +27,17 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _abstract(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    return optax.GradientTransformation(lambda params: jax.eval_shape(tx.init, params), tx.update)
-
-
 def measured(workload: Workload, name: str) -> dict[str, Figures]:
     """Seconds to trace a step, to prove it, and to prove its optimizer."""
-    tx, frozen = optax.adamw(1e-3), workload.mask()
-    contender: Contender = CONTENDERS[name](workload, _abstract(tx))
-    args = (*contender.state, *contender.constant, workload.batch)
+    tx, frozen = adamw(), workload.mask()
+    training = CONTENDERS[name](workload, on_shapes(tx))
+    args = (*training.state, *training.constant, workload.batch)
     calls: dict[str, Callable[[], Any]] = {
-        "trace": lambda: jax.make_jaxpr(contender.step)(*jax.eval_shape(lambda: args)),
-        "step": lambda: fo.assert_step_freezes(contender.step, *args, frozen=frozen),
-        "update": lambda: fo.assert_update_freezes(fo.with_frozen(tx, frozen), workload.params, frozen),
+        "trace": lambda: jax.make_jaxpr(training.step)(*jax.eval_shape(lambda: args)),
+        "step": lambda: fo.assert_step_freezes(training.step, *args, frozen=frozen),
+        "update": lambda: fo.assert_update_freezes(
+            fo.with_frozen(tx, frozen), workload.params, frozen
+        ),
     }
     return {title: spread([_seconds(call) for _ in range(ROUNDS)]) for title, call in calls.items()}
 

@@ -15,8 +15,8 @@ import flax
 import jax
 import optax
 
-from benchmarks import contenders as c
-from benchmarks.measures import Figures, compiling, elsewhere, runner, spread, stepping
+from benchmarks.contenders import CLIPPED_OUTSIDE, CONTENDERS, TORCH, Contender, adamw
+from benchmarks.measures import LOOP, Figures, compiling, elsewhere, runner, spread, stepping
 from benchmarks.workloads import Workload, require_products, scanned, unrolled
 
 LEAN = [
@@ -31,17 +31,13 @@ FAST = ["limit", "fo.jit", "fo.value_and_grad", "optax.selective_transform"]
 FEW = ["limit", "fo.jit", "optax.selective_transform"]
 TIMES = ("trace", "compile", "step")
 PATIENCE = 2.0  # seconds to compile, above which it is measured once
-PARTS = {  # what modules of this package measure in a process of their own, and can measure anew by themselves
+# What modules of this package measure in their own process, and can measure anew by themselves.
+PARTS = {
     "models": "models of 70 and 671 billion weights, compiled ahead of time",
     "claims": "every optimizer, step by step",
     "fingerprints": "fingerprints",
     "proofs": "proofs",
 }
-
-
-def adamw() -> optax.GradientTransformation:
-    """The optimizer of all measurements."""
-    return optax.adamw(1e-3)
 
 
 def clipped() -> optax.GradientTransformation:
@@ -54,12 +50,7 @@ def accumulated() -> optax.GradientTransformation:
     return optax.MultiSteps(adamw(), 4).gradient_transformation()
 
 
-def _clip_outside(workload: Workload, _: Any) -> c.Contender:
-    wrapped = optax.selective_transform(adamw(), freeze_mask=workload.mask())
-    return c.plain(workload, optax.chain(optax.clip_by_global_norm(1.0), wrapped))
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
     """One workload, and how its contenders are measured."""
 
@@ -68,8 +59,9 @@ class Section:
     names: list[str]
     compilations: int = 1
     rounds: int = 20
+    loops: int = 0  # rounds of many steps with one wait at the end
     optimizer: Callable[[], optax.GradientTransformation] = adamw
-    more: dict[str, Callable[..., c.Contender]] = dataclasses.field(default_factory=dict)
+    more: tuple[Contender, ...] = ()  # that make sense in this section alone
     donate: bool = False
     reference: bool = False  # PyTorch beside it, where it is installed
 
@@ -106,30 +98,67 @@ SHARES = (0, 0.5, 0.9, 0.99, 0.999)
 
 def full() -> Plan:
     """Everything, in about twenty minutes on two cores."""
-    everyone = list(c.CONTENDERS)
+    everyone = list(CONTENDERS)
+    last = large({23})
+    sections = [
+        Section(
+            key="leaves 100",
+            workload=small(25),
+            names=everyone,
+            compilations=3,
+            rounds=100,
+            reference=True,
+        ),
+        Section(
+            key="leaves 1000",
+            workload=small(250),
+            names=everyone,
+            compilations=3,
+            rounds=60,
+            loops=7,
+            reference=True,
+        ),
+        Section(
+            key="leaves 1000 donated",
+            workload=small(250),
+            names=FAST,
+            rounds=40,
+            loops=7,
+            donate=True,
+        ),
+        Section(key="leaves 10000", workload=small(2500), names=FEW, rounds=15),
+        Section(
+            key="large last",
+            workload=last,
+            names=everyone,
+            compilations=3,
+            rounds=30,
+            loops=3,
+            reference=True,
+        ),
+        Section(key="large middle", workload=large({12}), names=LEAN),
+        Section(key="large first", workload=large({0}), names=LEAN),
+        Section(
+            key="large clipped",
+            workload=last,
+            names=everyone,
+            optimizer=clipped,
+            more=(CLIPPED_OUTSIDE,),
+        ),
+        Section(key="large donated", workload=last, names=LEAN, donate=True),
+        Section(key="large accumulated", workload=last, names=LEAN, optimizer=accumulated),
+        Section(
+            key="scan",
+            workload=lambda: scanned(24, 512, 8, 8),
+            names=everyone,
+            compilations=3,
+        ),
+    ]
+    shares = [
+        Section(key=f"share {frozen}", workload=share(frozen), names=FEW) for frozen in SHARES
+    ]
     return Plan(
-        [
-            Section("leaves 100", small(25), everyone, compilations=3, rounds=100, reference=True),
-            Section("leaves 1000", small(250), everyone, compilations=3, rounds=60, reference=True),
-            Section("leaves 1000 donated", small(250), FAST, rounds=40, donate=True),
-            Section("leaves 10000", small(2500), FEW, rounds=15),
-            Section("large last", large({23}), everyone, compilations=3, rounds=30, reference=True),
-            Section("large middle", large({12}), LEAN),
-            Section("large first", large({0}), LEAN),
-            Section(
-                "large clipped",
-                large({23}),
-                everyone,
-                1,
-                20,
-                clipped,
-                {"chain(clip, optax.selective_transform)": _clip_outside},
-            ),
-            Section("large donated", large({23}), LEAN, donate=True),
-            Section("large accumulated", large({23}), LEAN, optimizer=accumulated),
-            Section("scan", lambda: scanned(24, 512, 8, 8), everyone, compilations=3),
-            *(Section(f"share {frozen}", share(frozen), FEW) for frozen in SHARES),
-        ],
+        sections=[*sections, *shares],
         memory=[*LEAN, "eqx.partition", "nnx.DiffState", "nothing frozen"],
         communication=everyone,
         parts=list(PARTS),
@@ -138,14 +167,30 @@ def full() -> Plan:
 
 def quick() -> Plan:
     """What decides, in less than two minutes on two cores."""
+    last = large({23})
+    sections = [
+        Section(
+            key="leaves 100",
+            workload=small(25),
+            names=list(CONTENDERS),
+            compilations=3,
+            rounds=60,
+            reference=True,
+        ),
+        Section(
+            key="leaves 1000",
+            workload=small(250),
+            names=FAST,
+            compilations=3,
+            rounds=40,
+            loops=3,
+        ),
+        Section(key="large last", workload=last, names=LEAN, rounds=15, reference=True),
+        Section(key="large clipped", workload=last, names=LEAN, rounds=10, optimizer=clipped),
+    ]
     return Plan(
-        [
-            Section("leaves 100", small(25), list(c.CONTENDERS), compilations=3, rounds=60, reference=True),
-            Section("leaves 1000", small(250), FAST, compilations=3, rounds=40),
-            Section("large last", large({23}), LEAN, rounds=15, reference=True),
-            Section("large clipped", large({23}), LEAN, rounds=10, optimizer=clipped),
-        ],
-        memory=["limit", "fo.jit", "optax.selective_transform"],
+        sections=sections,
+        memory=FEW,
         communication=LEAN,
         parts=[],
     )
@@ -157,7 +202,8 @@ def environment() -> dict[str, Any]:
         models = {line.split(":")[1].strip() for line in info if line.startswith("model name")}
     modules = {"jax": jax, "optax": optax, "flax": flax, "equinox": equinox, "chex": chex}
     return {
-        "versions": {"python": platform.python_version()} | {name: m.__version__ for name, m in modules.items()},
+        "versions": {"python": platform.python_version()}
+        | {name: m.__version__ for name, m in modules.items()},
         "device": jax.devices()[0].platform,
         "machine": platform.machine(),
         "processor": ", ".join(sorted(models)),
@@ -169,24 +215,33 @@ def environment() -> dict[str, Any]:
 def measure(section: Section, advance: Callable[[str], None]) -> dict[str, Any]:
     """The figures of each contender of a section."""
     workload = section.workload()
-    makers = {name: c.CONTENDERS[name] for name in section.names} | section.more
-    contenders = {name: make(workload, section.optimizer()) for name, make in makers.items()}
+    makers = {name: CONTENDERS[name] for name in section.names}
+    makers |= {contender.name: contender for contender in section.more}
+    trainings = {name: make(workload, section.optimizer()) for name, make in makers.items()}
     compilations: dict[str, list[Figures]] = {name: [] for name in makers}
     for _ in range(section.compilations):
-        for name, contender in contenders.items():
+        for name, training in trainings.items():
             advance(f"{section.key}: compile {name}")
             if compilations[name] and compilations[name][0]["compile"] > PATIENCE:
                 continue
-            compiled, figures = compiling(contender, workload.batch, section.donate)
+            compiled, figures = compiling(training, workload.batch, section.donate)
             compilations[name].append(figures)
             if name == "limit":
                 require_products(workload, compiled.as_text(), figures["flops"])
-    runners = {name: runner(contender, workload.batch, section.donate) for name, contender in contenders.items()}
+    runners = {
+        name: runner(training, workload.batch, section.donate)
+        for name, training in trainings.items()
+    }
+    loops = stepping(runners, section.loops, LOOP) if section.loops else {}
+    advance(f"{section.key}: loop")
     if section.reference and importlib.util.find_spec("torch"):
-        runners["torch requires_grad_"] = importlib.import_module("benchmarks.torch_reference").runner(workload)
+        torch_reference = importlib.import_module("benchmarks.torch_reference")
+        runners[TORCH.name] = torch_reference.runner(workload)
     steps = stepping(runners, section.rounds)
     advance(f"{section.key}: step")
     table: dict[str, Any] = {name: {"step": spread(times)} for name, times in steps.items()}
+    for name, times in loops.items():
+        table[name]["loop"] = spread(times)
     for name, runs in compilations.items():
         last = runs[-1]
         table[name] |= {key: value for key, value in last.items() if key not in TIMES}
@@ -195,7 +250,7 @@ def measure(section: Section, advance: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _amount(plan: Plan) -> int:
-    each = [(len(s.names) + len(s.more)) * s.compilations + 1 for s in plan.sections]
+    each = [(len(s.names) + len(s.more)) * s.compilations + 2 for s in plan.sections]
     return sum(each) + len(plan.memory) + 1 + len(plan.parts)
 
 
@@ -209,9 +264,14 @@ def run(plan: Plan, progress: Callable[[int], Callable[[str], None]]) -> dict[st
         results["sections"][section.key]["seconds"] = round(time.perf_counter() - start)
     results["memory"] = {}
     for name in plan.memory:
-        results["memory"][name] = elsewhere("benchmarks.isolated", "memory", name, "--width", str(plan.width))
+        results["memory"][name] = elsewhere(
+            "benchmarks.isolated", "memory", name, "--width", str(plan.width)
+        )
         advance(f"memory: {name}")
-    results["communication"] = elsewhere("benchmarks.isolated", "communication", *plan.communication)
+    if plan.communication:
+        results["communication"] = elsewhere(
+            "benchmarks.isolated", "communication", *plan.communication
+        )
     advance("communication")
     for part in plan.parts:
         advance(PARTS[part])

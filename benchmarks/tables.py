@@ -1,8 +1,11 @@
-"""The results as tables of ratios, on the terminal and in the README."""
+"""The results as tables of ratios, on the terminal, in the README and in the pages of `docs/`."""
 
 import re
 from collections.abc import Iterable
 from typing import Any
+
+from benchmarks.contenders import LEGENDS
+from benchmarks.measures import LOOP
 
 Row = list[str]
 
@@ -10,29 +13,13 @@ MEASURES = {
     "trace": "trace",
     "compile": "lower + compile",
     "step": "step",
+    "loop": f"step in a loop of {LOOP}",
     "flops": "FLOPs",
     "bytes accessed": "bytes accessed",
     "bytes out": "bytes out",
     "state": "optimizer state",
 }
-NAMES = {  # how the README calls them
-    "limit": "the limit, by hand",
-    "fo.jit": "**this library**, as in the first example",
-    "fo.jit, optax.apply_updates": "with `optax.apply_updates`",
-    "fo.value_and_grad": "with `jax.jit`",
-    "fo.with_frozen": "with `jax.jit` and `jax.grad`",
-    "chain(tx, fo.freeze)": "`optax.chain(tx, fo.freeze(...))`",
-    "fo.restore": "`fo.restore` after the step",
-    "chain(tx, optax.freeze)": "`optax.chain(tx, optax.freeze(...))`",
-    "chain(masked(set_to_zero), tx)": "`optax.chain(optax.masked(set_to_zero(), ...), tx)`",
-    "optax.selective_transform": "`optax.selective_transform`",
-    "chain(clip, optax.selective_transform)": "`optax.selective_transform`, clipping outside of it",
-    "eqx.partition": "Equinox, `eqx.partition`",
-    "nnx.DiffState": "Flax NNX, `DiffState` and `wrt`",
-    "kauldron partial_updates": "kauldron, `partial_updates`",
-    "torch requires_grad_": "PyTorch, `requires_grad_(False)`",
-    "nothing frozen": "nothing frozen",
-}
+NAMES = {name: legend.title for name, legend in LEGENDS.items()}  # how the pages call them
 
 
 def _median(value: Any) -> float:
@@ -47,32 +34,32 @@ def ratio(section: dict[str, Any], name: str, measure: str) -> float | None:
 
 def shown(number: float | None) -> str:
     """A ratio in three digits or so."""
-    return (
-        "-"
-        if number is None
-        else f"{number:.2f}"
-        if number < 10
-        else f"{number:.1f}"
-        if number < 100
-        else f"{number:.0f}"
-    )
+    if number is None:
+        return "-"
+    digits = 2 if number < 10 else 1 if number < 100 else 0
+    return f"{number:.{digits}f}"
+
+
+def measured(section: dict[str, Any], measures: Iterable[str] = MEASURES) -> list[str]:
+    """Those measures that a section has: not each is taken everywhere, nor was it always."""
+    return [measure for measure in measures if measure in section["contenders"]["limit"]]
 
 
 def section_rows(section: dict[str, Any], measures: Iterable[str] = MEASURES) -> list[Row]:
-    """A row for each contender, its ratios in the columns; the limit itself in seconds and bytes."""
+    """A row for each contender: ratios in the columns, and seconds and bytes for the limit."""
     rows = []
-    for name in section["contenders"]:
-        figures = section["contenders"][name]
+    for name, figures in section["contenders"].items():
         if name == "limit":
-            rows.append(["limit", *(absolute(measure, _median(figures[measure])) for measure in measures)])
+            each = (absolute(measure, _median(figures[measure])) for measure in measures)
         else:
-            rows.append([name, *(shown(ratio(section, name, measure)) for measure in measures)])
+            each = (shown(ratio(section, name, measure)) for measure in measures)
+        rows.append([name, *each])
     return rows
 
 
 def absolute(measure: str, value: float) -> str:
     """A figure with its unit."""
-    if measure in ("trace", "compile", "step"):
+    if measure in ("trace", "compile", "step", "loop"):
         return f"{value * 1e3:.3g} ms"
     prefixes = iter("KMGT")
     prefix = ""
@@ -94,13 +81,44 @@ def _named(rows: list[Row]) -> list[Row]:
     return [[NAMES[name], *rest] for name, *rest in rows]
 
 
-def costs(results: dict[str, Any]) -> str:
-    """The main table: what a leaf costs, and what its bytes cost."""
+def _by_name(section: dict[str, Any], measures: Iterable[str]) -> dict[str, Row]:
+    return {name: rest for name, *rest in section_rows(section, measures)}
+
+
+def _leaves_and_bytes(
+    results: dict[str, Any],
+    of_leaves: Iterable[str],
+    of_bytes: Iterable[str],
+    names: Iterable[str] | None = None,
+) -> str:
+    """What a leaf costs, beside what its bytes cost; all contenders, or those of some names."""
     small, large = (results["sections"][key] for key in ("leaves 1000", "large last"))
-    times, bytes_ = ("trace", "compile", "step"), ("flops", "bytes accessed", "bytes out", "state", "step")
-    head = ["", *(f"1,000 leaves: {MEASURES[m]}" for m in times), *(f"100 MB: {MEASURES[m]}" for m in bytes_)]
-    left, right = section_rows(small, times), {name: rest for name, *rest in section_rows(large, bytes_)}
-    return _markdown(head, _named([[name, *rest, *right[name]] for name, *rest in left]))
+    of_leaves, of_bytes = measured(small, of_leaves), measured(large, of_bytes)
+    head = ["", *(f"1,000 leaves: {MEASURES[measure]}" for measure in of_leaves)]
+    head += [f"100 MB: {MEASURES[measure]}" for measure in of_bytes]
+    left, right = _by_name(small, of_leaves), _by_name(large, of_bytes)
+    rows = [[name, *left[name], *right[name]] for name in names or left]
+    return _markdown(head, _named(rows))
+
+
+def short(results: dict[str, Any]) -> str:
+    """The README's table: the limit, this library, optax's two ways, and no freezing at all."""
+    of_bytes = ("bytes accessed", "state", "step")
+    names = (
+        "limit",
+        "fo.jit",
+        "optax.selective_transform",
+        "chain(tx, optax.freeze)",
+        "nothing frozen",
+    )
+    return _leaves_and_bytes(results, ("trace", "compile", "step"), of_bytes, names)
+
+
+def costs(results: dict[str, Any]) -> str:
+    """The main table: every contender."""
+    of_leaves = ("trace", "compile", "step", "loop")
+    of_bytes = ("flops", "bytes accessed", "bytes out", "state", "step", "loop")
+    return _leaves_and_bytes(results, of_leaves, of_bytes)
 
 
 def clipped(results: dict[str, Any]) -> str:
@@ -112,9 +130,10 @@ def clipped(results: dict[str, Any]) -> str:
 
 def ways(results: dict[str, Any]) -> str:
     """The three classical ways, beside no freezing at all."""
-    measures, names = ("flops", "bytes accessed", "state"), ("nothing frozen", "fo.restore", "chain(tx, fo.freeze)")
-    rows = {name: rest for name, *rest in section_rows(results["sections"]["large last"], measures)}
-    chosen = [[name, *rows[name]] for name in (*names, "fo.with_frozen", "fo.jit")]
+    measures = ("flops", "bytes accessed", "state")
+    names = ("nothing frozen", "fo.restore", "chain(tx, fo.freeze)", "fo.with_frozen", "fo.jit")
+    rows = _by_name(results["sections"]["large last"], measures)
+    chosen = [[name, *rows[name]] for name in names]
     return _markdown(["", *(MEASURES[m] for m in measures)], _named(chosen))
 
 
@@ -123,14 +142,21 @@ def optimizers(results: dict[str, Any]) -> str:
     kinds = {"moves": "frozen leaves move", "steered": "frozen gradients steer", "raises": "raises"}
     found = results["optimizers"]
     rows = [
-        [re.sub(r"^(\S+)", r"`\1`", way), *(str(len(names[kind])) for kind in kinds)] for way, names in found.items()
+        [re.sub(r"^(\S+)", r"`\1`", way), *(str(len(names[kind])) for kind in kinds)]
+        for way, names in found.items()
     ]
     return _markdown(["", *kinds.values()], rows)
 
 
 def scale(results: dict[str, Any]) -> str:
     """What changes with leaves and layers, and what it is on many devices."""
-    sections, shown_names = results["sections"], ("fo.jit", "optax.selective_transform", "chain(tx, optax.freeze)")
+    sections = results["sections"]
+    names = ("fo.jit", "optax.selective_transform", "chain(tx, optax.freeze)")
+
+    def ratios(section: dict[str, Any], measure: str) -> Row:
+        known = section["contenders"]
+        return [shown(ratio(section, name, measure) if name in known else None) for name in names]
+
     steps = {
         "step, 100 leaves": "leaves 100",
         "step, 10,000 leaves": "leaves 10000",
@@ -138,42 +164,43 @@ def scale(results: dict[str, Any]) -> str:
         "step, 100 MB, donated": "large donated",
         "step, 100 MB, `optax.MultiSteps`": "large accumulated",
         "step, `scan` over stacked layers with adapters": "scan",
-        **{f"step, 1,000 leaves, {float(k.split()[1]):.1%} frozen": k for k in sections if k.startswith("share")},
     }
-    lines = []
-    for text, key in steps.items():
-        known = sections[key]["contenders"]
-        lines.append([text, *(shown(ratio(sections[key], n, "step") if n in known else None) for n in shown_names)])
+    for key in sections:
+        if key.startswith("share"):
+            frozen = float(key.split()[1])
+            steps[f"step, 1,000 leaves, {frozen:.1%} frozen"] = key
+    rows = [[text, *ratios(sections[key], "step")] for text, key in steps.items()]
+    donated = sections.get("leaves 1000 donated")
+    if donated and measured(donated, ["loop"]):
+        rows.append([f"{MEASURES['loop']}, 1,000 leaves, donated", *ratios(donated, "loop")])
     peak = {name: each["held"] + each["grown"] for name, each in results["memory"].items()}
-    lines.append(["peak process memory, 100 MB", *(shown(peak[name] / peak["limit"]) for name in shown_names)])
+    of_limit = (shown(peak[name] / peak["limit"]) for name in names)
+    rows.append(["peak process memory, 100 MB", *of_limit])
     for way, found in results["communication"].items():
-        each = (shown(found[name]["bytes"] / found["limit"]["bytes"]) for name in shown_names)
-        lines.append([f"bytes communicated on 8 devices, {way}", *each])
-    return _markdown(["", *(NAMES[name] for name in shown_names)], lines)
+        of_limit = (shown(found[name]["bytes"] / found["limit"]["bytes"]) for name in names)
+        rows.append([f"bytes communicated on 8 devices, {way}", *of_limit])
+    return _markdown(["", *(NAMES[name] for name in names)], rows)
 
 
 def models(results: dict[str, Any]) -> str:
     """Bytes on each of 256 devices."""
     rows = []
     for title, model in results["models"].items():
-        count = f"{title}, {model['weights'] / 1e9:.1f} billion frozen, {model['trained'] / 1e6:.0f} million trained"
-        for kind in ("kept", "donated"):
+        frozen, trained = model["weights"] / 1e9, model["trained"] / 1e6
+        count = f"{title}, {frozen:.1f} billion frozen, {trained:.0f} million trained"
+        for kind, said in (("kept", ""), ("donated", ", donated")):
             for name, figures in model[kind].items():
                 sizes = (figures["in"], figures["out"] - figures["aliased"])
-                rows.append([count, f"{NAMES[name]}{', donated' * (kind == 'donated')}", *map(_bytes, sizes)])
+                rows.append([count, f"{NAMES[name]}{said}", *map(_bytes, sizes)])
     return _markdown(["", "", "parameters and state", "written anew at a step"], rows)
 
 
 def fingerprints(results: dict[str, Any]) -> str:
     """What a fingerprint takes beside a plain read."""
-    rows = [
-        [
-            f"`{dtype}`",
-            f"{_median(each['fingerprint']) * 1e3:.0f} ms",
-            shown(_median(each["fingerprint"]) / _median(each["read"])),
-        ]
-        for dtype, each in results["fingerprints"].items()
-    ]
+    rows = []
+    for dtype, each in results["fingerprints"].items():
+        ours, read = _median(each["fingerprint"]), _median(each["read"])
+        rows.append([f"`{dtype}`", f"{ours * 1e3:.0f} ms", shown(ours / read)])
     return _markdown(["", "`fo.fingerprint` of 100 MB", "ratio to `jnp.sum`"], rows)
 
 
@@ -183,24 +210,38 @@ def proofs(results: dict[str, Any]) -> str:
         [title, *(f"{_median(each[kind]):.2g} s" for kind in ("trace", "step", "update"))]
         for title, each in results["proofs"].items()
     ]
-    return _markdown(["", "tracing the step", "`assert_step_freezes`", "`assert_update_freezes`"], rows)
+    return _markdown(
+        ["", "tracing the step", "`assert_step_freezes`", "`assert_update_freezes`"], rows
+    )
 
 
 def environment(results: dict[str, Any]) -> str:
     """Where the figures come from."""
     found = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"Measured with {versions}; {found['device']}, {found['cores']} cores, {found['processor']}."
+    machine = f"{found['device']}, {found['cores']} cores, {found['processor']}"
+    return f"Measured with {versions}; {machine}."
 
 
 BLOCKS = {
     block.__name__: block
-    for block in (costs, clipped, ways, optimizers, scale, models, proofs, fingerprints, environment)
+    for block in (
+        short,
+        costs,
+        clipped,
+        ways,
+        optimizers,
+        scale,
+        models,
+        proofs,
+        fingerprints,
+        environment,
+    )
 }
 
 
 def fill(text: str, results: dict[str, Any]) -> str:
-    """A text with each block between its two marks, `<!-- name -->` and `<!-- end -->`, made anew from the results."""
+    """A text with what is between two marks, `<!-- name -->` and `<!-- end -->`, made anew."""
     for name, block in BLOCKS.items():
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         before, mark, rest = text.partition(start)

@@ -1,4 +1,4 @@
-"""The same layers in PyTorch, for reference: frozen by `requires_grad_(False)`, the optimizer given the rest."""
+"""The same layers in PyTorch: frozen by `requires_grad_(False)`, the optimizer given the rest."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,11 @@ def runner(workload: Workload) -> Callable[[], float]:
         x = batch
         for group in params.values():
             x = x @ group["kernel"]
-            x = torch.tanh(x + group["bias"]) * group["scale"] + group["shift"] if "bias" in group else torch.tanh(x)
+            x = (
+                torch.tanh(x + group["bias"]) * group["scale"] + group["shift"]
+                if "bias" in group
+                else torch.tanh(x)
+            )
         optimizer.zero_grad()
         (x**2).mean().backward()
         optimizer.step()

@@ -1,7 +1,7 @@
 """The models that are trained: how large, what of them is trained, and what a step costs on paper.
 
-Names are padded with zeros, as `jax.jit` sorts the keys of a dict: `layer_10` comes before `layer_2`, and the last
-layer of the model would not be the last in its tree.
+Names are padded with zeros, as `jax.jit` sorts the keys of a dict: `layer_10` comes before
+`layer_2`, and the last layer of the model would not be the last in its tree.
 """
 
 import dataclasses
@@ -28,11 +28,16 @@ class Workload:
 
     def part(self, trained: bool) -> Tree:
         """The groups that are trained, or those that are not."""
-        return {name: group for name, group in self.params.items() if (name in self.trained) is trained}
+        return {
+            name: group for name, group in self.params.items() if (name in self.trained) is trained
+        }
 
     def mask(self) -> Tree:
         """True at each frozen leaf."""
-        return {name: jax.tree.map(lambda _, name=name: name not in self.trained, g) for name, g in self.params.items()}
+        return {
+            name: jax.tree.map(lambda _, name=name: name not in self.trained, g)
+            for name, g in self.params.items()
+        }
 
     @property
     def trained_count(self) -> int:
@@ -41,12 +46,12 @@ class Workload:
 
 
 def _products(layers: int, trained: set[int]) -> int:
-    """Forward through all layers, back to the first trained one, and once more for each trained kernel."""
+    """Forward through all layers, back to the first trained one, once for each trained kernel."""
     return layers + (layers - 1 - min(trained)) + len(trained)
 
 
 def unrolled(layers: int, width: int, rows: int, trained: set[int], small_leaves: bool) -> Workload:
-    """Layers one by one: a kernel each, and with `small_leaves` three vectors more, so four leaves a layer."""
+    """Layers one by one, each a kernel, and with `small_leaves` three vectors more."""
     names = [f"layer_{i:05d}" for i in range(layers)]
     keys = jax.random.split(jax.random.key(0), layers)
     shape = (width, width)
@@ -60,7 +65,11 @@ def unrolled(layers: int, width: int, rows: int, trained: set[int], small_leaves
         for name in names:
             group = params[name]
             x = x @ group["kernel"]
-            x = jnp.tanh(x + group["bias"]) * group["scale"] + group["shift"] if small_leaves else jnp.tanh(x)
+            x = (
+                jnp.tanh(x + group["bias"]) * group["scale"] + group["shift"]
+                if small_leaves
+                else jnp.tanh(x)
+            )
         return jnp.mean(x**2)
 
     return Workload(
@@ -84,8 +93,9 @@ def scanned(layers: int, width: int, rows: int, rank: int) -> Workload:
 
         return jnp.mean(jax.lax.scan(layer, x, params)[0] ** 2)
 
+    stack = f"scan over {layers} stacked layers of {width} x {width}"
     return Workload(
-        title=f"scan over {layers} stacked layers of {width} x {width}, adapters of rank {rank} trained",
+        title=f"{stack}, adapters of rank {rank} trained",
         params={
             "kernel": jax.random.normal(keys[0], (layers, width, width)) / width**0.5,
             "lora_a": jax.random.normal(keys[1], (layers, width, rank)) / width**0.5,
@@ -104,8 +114,10 @@ def require_products(workload: Workload, program: str, flops: float) -> None:
     if workload.products is None:
         return
     found, expected = program.count(" dot("), workload.products
-    if found != expected or flops < expected * workload.product_flops:
+    needed = expected * workload.product_flops
+    if found != expected or flops < needed:
         raise ValueError(
-            f"{workload.title}: a step takes {expected} matrix products, {expected * workload.product_flops:.4g} "
-            f"FLOPs; what was compiled takes {found}, {flops:.4g} FLOPs in all. Are the layers where their names say?"
+            f"{workload.title}: a step takes {expected} matrix products, {needed:.4g} FLOPs; "
+            f"what was compiled takes {found}, {flops:.4g} FLOPs in all. "
+            "Are the layers where their names say?"
         )

@@ -1,9 +1,10 @@
 """Fine-tunes a pretrained text encoder twice: frozen with `frozen_optax`, and in full.
 
-The encoder is all-MiniLM-L6-v2 (22.6 million weights), the task is to tell from one sentence of a film review whether
-its critic liked the film ("fresh") or not ("rotten"), and what is trained on top is a small head. The first run
-freezes the encoder, and asserts at its end that every bit of it is what it was; the second trains everything. The job
-scores both on films that neither has seen, and draws how far each layer moved.
+The encoder is all-MiniLM-L6-v2 (22.6 million weights), the task is to tell from one sentence of a
+film review whether its critic liked the film ("fresh") or not ("rotten"), and what is trained on
+top is a small head. The first run freezes the encoder, proves before its first step that no step
+can move it, and asserts at its end that every bit of it is what it was; the second trains
+everything. The job scores both on films that neither has seen, and draws how far each layer moved.
 
     python examples/finetune_text.py
 
@@ -34,8 +35,6 @@ import frozen_optax as fo
 
 Params = dict[str, Any]
 
-FROZEN = "encoder"
-
 
 @dataclass(frozen=True)
 class Score:
@@ -54,12 +53,14 @@ class Run:
 
 
 class Head(nn.Module):
-    """Two layers on top of a sentence's embedding, which give the log-odds that its review is fresh."""
+    """Two layers on a sentence's embedding, which give the log-odds that its review is fresh."""
 
     @nn.compact
     def __call__(self, embedding: jax.Array) -> jax.Array:
         """Maps unit vectors of shape (sentences, width) to log-odds of shape (sentences,)."""
-        x = embedding * embedding.shape[-1] ** 0.5  # entries of size one, which is what the initial weights expect
+        x = (
+            embedding * embedding.shape[-1] ** 0.5
+        )  # entries of size one, which is what the initial weights expect
         x = nn.gelu(nn.Dense(128, name="hidden")(x))
         return nn.Dense(1, name="output")(x)[:, 0]
 
@@ -76,26 +77,52 @@ def log_odds(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
     return Head().apply({"params": params["head"]}, embedding)  # pyright: ignore[reportReturnType]
 
 
+def cross_entropy(params: Params, ids: jax.Array, mask: jax.Array, fresh: jax.Array) -> jax.Array:
+    """The loss of a batch, in nats."""
+    return optax.sigmoid_binary_cross_entropy(log_odds(params, ids, mask), fresh).mean()
+
+
 def score(params: Params, held_out: reviews.Reviews) -> Score:
     """How well `params` tell the held-out reviews apart."""
     predict = jax.jit(log_odds)
     chunks = np.array_split(np.arange(len(held_out)), -(-len(held_out) // 100))
-    logits = np.concatenate([predict(params, held_out.ids[rows], held_out.mask[rows]) for rows in chunks])
+    logits = np.concatenate(
+        [predict(params, held_out.ids[rows], held_out.mask[rows]) for rows in chunks]
+    )
     losses = optax.sigmoid_binary_cross_entropy(logits, held_out.fresh)
     return Score(float(np.mean((logits > 0) == held_out.fresh)), float(np.mean(losses)))
 
 
 def score_constant(training: reviews.Reviews, held_out: reviews.Reviews) -> Score:
-    """How well one does without reading: for each review the share of fresh ones among the training reviews."""
+    """How well one does without reading: each review gets the share of fresh ones in training."""
     share = training.fresh.mean()
     losses = -np.where(held_out.fresh, np.log(share), np.log1p(-share))
     return Score(float(np.mean((share > 0.5) == held_out.fresh)), float(losses.mean()))
 
 
+def prove(
+    step: Callable[..., Any],
+    optimizer: optax.GradientTransformationExtraArgs,
+    params: Params,
+    state: Any,
+    batch: reviews.Reviews,
+) -> None:
+    """Asserts that neither the optimizer nor the whole step can move what is frozen.
+
+    Shapes are enough for that.
+
+    Raises:
+      AssertionError: one of these is not proved.
+    """
+    arrays = (params, state, batch.ids, batch.mask, batch.fresh)
+    params, state, *inputs = jax.eval_shape(lambda *arrays: arrays, *arrays)
+    fo.assert_update_freezes(optimizer, params, optimizer)
+    fo.assert_step_freezes(step, params, state, *inputs, frozen=optimizer, exact=True)
+
+
 def train(
     params: Params,
     optimizer: optax.GradientTransformationExtraArgs,
-    frozen: Any,
     data: reviews.Reviews,
     *,
     steps: int,
@@ -103,22 +130,26 @@ def train(
     seed: int,
     title: str,
 ) -> Run:
-    """Trains what is not `frozen` and shows a progress bar on stderr; `optimizer` must know what is frozen too."""
+    """Trains what `optimizer`, made by `fo.with_frozen`, does not freeze; a progress bar on stderr.
 
-    @jax.jit
+    Raises:
+      AssertionError: it is not proved that a step leaves alone what is frozen.
+    """
+
+    @fo.jit(frozen=optimizer, donate_argnums=(0, 1))
     def step(params: Params, state: Any, ids: jax.Array, mask: jax.Array, fresh: jax.Array) -> Any:
-        trainable, rest = fo.partition(params, frozen)
-
-        def loss_fn(trainable: Params) -> jax.Array:
-            logits = log_odds(fo.combine(trainable, rest), ids, mask)
-            return optax.sigmoid_binary_cross_entropy(logits, fresh).mean()
-
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
+        loss, grads = fo.value_and_grad(cross_entropy, optimizer)(params, ids, mask, fresh)
         updates, state = optimizer.update(grads, state, params)
         return fo.apply_updates(params, updates), state, loss
 
-    rng = np.random.default_rng(seed)
+    # A step donates what it trains, and the caller's arrays are to last: it gets copies of these,
+    # and of no frozen one.
+    trainable, rest = fo.partition(params, optimizer)
+    params = fo.combine(jax.tree.map(jnp.copy, trainable), rest)
     state = optimizer.init(params)
+    if jax.tree.leaves(rest):
+        prove(step, optimizer, params, state, data[np.arange(batch_size)])
+    rng = np.random.default_rng(seed)
     losses, seconds = [], []
     columns = (
         TextColumn("{task.description}"),
@@ -132,7 +163,9 @@ def train(
         for _ in range(steps):
             batch = data[rng.choice(len(data), batch_size, replace=False)]
             start = time.perf_counter()
-            params, state, loss = jax.block_until_ready(step(params, state, batch.ids, batch.mask, batch.fresh))
+            params, state, loss = jax.block_until_ready(
+                step(params, state, batch.ids, batch.mask, batch.fresh)
+            )
             seconds.append(time.perf_counter() - start)
             losses.append(float(loss))
             progress.update(task, advance=1, loss=np.mean(losses[-20:]))
@@ -150,16 +183,20 @@ def distances(before: Params, after: Params) -> dict[str, float]:
         return {**params["encoder"], "head": params["head"]}
 
     old, new = layers(before), layers(after)
-    return {name: norm(jax.tree.map(np.subtract, new[name], old[name])) / norm(old[name]) for name in old}
+    return {
+        name: norm(jax.tree.map(np.subtract, new[name], old[name])) / norm(old[name])
+        for name in old
+    }
 
 
 def draw(frozen: dict[str, float], full: dict[str, float], steps: int, path: Path) -> None:
-    """Writes a picture of how far each layer moved in the two runs, as `distances` says it, to `path`."""
+    """Writes a picture of how far each layer moved in the two runs, by `distances`, to `path`."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(full))
     nonzero = [distance for distance in (*frozen.values(), *full.values()) if distance > 0]
-    # Logarithmic from the decade of the smallest distance on; below it linear, so that zero has a place: the axis.
+    # Logarithmic from the decade of the smallest distance on; below it linear, so that zero has a
+    # place: the axis.
     threshold = 10.0 ** np.floor(np.log10(min(nonzero, default=1.0)))
     axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
     axes.set_ylim(0, 6 * max(nonzero, default=1.0))
@@ -185,19 +222,28 @@ def draw(frozen: dict[str, float], full: dict[str, float], steps: int, path: Pat
 def _at_least(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}.")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {minimum}, got {text!r}."
+            )
         return int(text)
 
     return parse
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=_at_least(1), help="training steps of each run (default: 80)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=_at_least(1), help="training steps of each run (default: 80)"
+    )
     parser.add_argument("--batch-size", type=_at_least(1), help="reviews in a step (default: 32)")
     parser.add_argument("--held-out", type=_at_least(1), help="reviews to score on (default: 1000)")
     parser.add_argument(
-        "--tokens", type=_at_least(1), default=32, help="tokens at which a review is cut (default: %(default)s)"
+        "--tokens",
+        type=_at_least(1),
+        default=32,
+        help="tokens at which a review is cut (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -206,13 +252,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of the head's first weights and the batches (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("finetune_text.png"), help="where the picture goes (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("finetune_text.png"),
+        help="where the picture goes (default: %(default)s)",
     )
     parser.add_argument(
-        "--cache-dir", type=Path, default=wheels.default_cache_dir(), help="keeps the wheels (default: %(default)s)"
+        "--cache-dir",
+        type=Path,
+        default=wheels.default_cache_dir(),
+        help="keeps the wheels (default: %(default)s)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a small job: 20 steps of 16 reviews, 200 held-out reviews"
+        "--quick",
+        action="store_true",
+        help="a small job: 20 steps of 16 reviews, 200 held-out reviews",
     )
     settings = parser.parse_args(arguments)
     settings.steps = settings.steps or (20 if settings.quick else 80)
@@ -222,7 +276,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Score]:
-    """Runs the job as the command line says, and returns the held-out score of each row of the table it prints.
+    """Runs the job as the command line says, and returns the held-out score of each row it prints.
 
     Raises:
       AssertionError: freezing failed, a frozen leaf is not bit for bit what it was.
@@ -237,33 +291,66 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Score]:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if settings.batch_size > len(training):
-        raise SystemExit(f"there are {len(training)} reviews to train on, a step asks for {settings.batch_size}.")
+        raise SystemExit(
+            f"there are {len(training)} reviews to train on, a step asks for {settings.batch_size}."
+        )
     print(f"{len(training)} reviews to train on, {len(held_out)} held out, of other films.\n")
 
     before = init_params(model, settings.seed)
     options = {"steps": settings.steps, "batch_size": settings.batch_size, "seed": settings.seed}
-    scores = {"constant": score_constant(training, held_out), "head untrained": score(before, held_out)}
+    scores = {
+        "constant": score_constant(training, held_out),
+        "head untrained": score(before, held_out),
+    }
 
     adamw = optax.adamw(1e-3)
-    print(f"{fo.summary(before, FROZEN, optimizer=adamw)}\n")
-    frozen = train(before, fo.with_frozen(adamw, FROZEN), FROZEN, training, title="encoder frozen    ", **options)
-    fo.assert_frozen(before, frozen.params, FROZEN)
+    head_only = fo.with_frozen(adamw, "encoder")
+    print(f"{fo.summary(before, head_only, optimizer=adamw)}\n")
+    pretrained = fo.fingerprint(before, head_only)
+    frozen = train(before, head_only, training, title="encoder frozen    ", **options)
+    # The frozen arrays are the ones that went in, so that only a record of their bits tells whether
+    # they are as they were. The second assertion compares the trees, and fails as well if the head
+    # has not moved.
+    fo.assert_fingerprint(frozen.params, pretrained)
+    fo.assert_frozen(before, frozen.params, head_only)
     scores["encoder frozen"] = score(frozen.params, held_out)
 
-    # The usual recipe for all of it: small steps for what is pretrained, large ones for what is new.
-    labels = fo.by_path(FROZEN).labels(before, "pretrained", "new")
+    # The usual recipe for all of it: small steps for what is pretrained, large ones for what is
+    # new.
+    labels = fo.by_path("encoder").labels(before, "pretrained", "new")
     everything = optax.partition({"pretrained": optax.adamw(5e-5), "new": adamw}, labels)
-    full = train(before, everything, False, training, title="fine-tuned in full", **options)
+    full = train(
+        before, fo.with_frozen(everything, False), training, title="fine-tuned in full", **options
+    )
     scores["fine-tuned in full"] = score(full.params, held_out)
 
-    step_time = {"encoder frozen": frozen.seconds_per_step, "fine-tuned in full": full.seconds_per_step}
-    table = Table("held-out reviews", "accuracy", "cross-entropy", "time per step")
+    table = Table("held-out reviews", "accuracy", "cross-entropy", "time per step", "memory")
+    table.caption = "memory: parameters, gradients and optimizer state, without activations"
+    costs = {
+        "encoder frozen": (
+            frozen.seconds_per_step,
+            fo.summary(before, head_only, optimizer=adamw).memory.total,
+        ),
+        "fine-tuned in full": (
+            full.seconds_per_step,
+            fo.summary(before, False, optimizer=everything).memory.total,
+        ),
+    }
     for name, result in scores.items():
-        seconds = f"{1000 * step_time[name]:.0f} ms" if name in step_time else ""
-        table.add_row(name, f"{result.accuracy:.1%}", f"{result.cross_entropy:.3f} nats", seconds)
+        quality = (f"{result.accuracy:.1%}", f"{result.cross_entropy:.3f} nats")
+        seconds, size = costs.get(name, (None, None))
+        time_per_step = "" if seconds is None else f"{1000 * seconds:.0f} ms"
+        table.add_row(
+            name, *quality, time_per_step, "" if size is None else f"{size / 2**20:.1f} MiB"
+        )
     Console().print(table)
-    print(f"All {len(jax.tree.leaves(before[FROZEN]))} frozen arrays kept every bit.")
-    draw(distances(before, frozen.params), distances(before, full.params), settings.steps, settings.output)
+    print(f"All {len(jax.tree.leaves(before['encoder']))} frozen arrays kept every bit.")
+    draw(
+        distances(before, frozen.params),
+        distances(before, full.params),
+        settings.steps,
+        settings.output,
+    )
     print(f"How far each layer moved: {settings.output}")
     return scores
 

@@ -42,7 +42,9 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         heads = (*x.shape[:2], _HEADS, WIDTH // _HEADS)
-        query, key, value = (nn.Dense(WIDTH, name=name)(x).reshape(heads) for name in ("query", "key", "value"))
+        query, key, value = (
+            nn.Dense(WIDTH, name=name)(x).reshape(heads) for name in ("query", "key", "value")
+        )
         attended = nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
         return nn.Dense(WIDTH, name="output")(attended.reshape(x.shape))
 
@@ -130,13 +132,17 @@ def load_tokenizer(wheel: Path, length: int) -> tokenizers.Tokenizer:
     """
     if not 3 <= length <= _POSITIONS:
         raise ValueError(f"length must be between 3 and {_POSITIONS} tokens, got {length}.")
-    tokenizer = tokenizers.Tokenizer.from_buffer(wheels.read(wheel, f"{wheels.MINILM_DIR}/tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_buffer(
+        wheels.read(wheel, f"{wheels.MINILM_DIR}/tokenizer.json")
+    )
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length)
     return tokenizer
 
 
-def tokenize(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(
+    tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and mask of `texts`, each padded or cut to the tokenizer's length.
 
     Returns:

@@ -61,20 +61,27 @@ def _download(wheel: Wheel, directory: Path, cache_dir: Path) -> None:
     by_hand = f"put {wheel.filename} into {cache_dir} by hand"
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode != 0:
-        raise SystemExit(f"{requirement} is downloaded with pip, which this Python has not: install pip, or {by_hand}.")
+        raise SystemExit(
+            f"{requirement} is downloaded with pip, which this Python has not: "
+            f"install pip, or {by_hand}."
+        )
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
     download = [*pip, "download", *options, f"--dest={directory}", requirement]
     if subprocess.run(download, check=False).returncode != 0:
-        raise SystemExit(f"pip could not download {requirement}, see above: try again, or {by_hand}.")
+        raise SystemExit(
+            f"pip could not download {requirement}, see above: try again, or {by_hand}."
+        )
 
 
 def fetch(wheel: Wheel, cache_dir: Path) -> Path:
     """The path of `wheel` in `cache_dir`, downloaded with pip if it is not there yet.
 
-    The network is used only when the cache has no such file, and a download that breaks off leaves nothing behind.
+    The network is used only when the cache has no such file, and a download that breaks off leaves
+    nothing behind.
 
     Raises:
-      SystemExit: The wheel can be neither found nor downloaded, or its sha256 is not the pinned one.
+      SystemExit: The wheel can be neither found nor downloaded, or its sha256 is not the pinned
+        one.
     """
     cached = cache_dir / wheel.filename
     if cached.exists():

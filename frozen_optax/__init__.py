@@ -1,17 +1,21 @@
 """Exact freezing for JAX and Optax: frozen leaves keep their bits, with any optimizer."""
 
+from frozen_optax._apply_updates import apply_updates
 from frozen_optax._assertions import assert_frozen, assert_trees_bit_identical
 from frozen_optax._fingerprints import assert_fingerprint, fingerprint, watch_fingerprint
+from frozen_optax._freeze import freeze, freeze_all, freeze_by_path
+from frozen_optax._gradients import grad, value_and_grad, value_and_grad_from_state
 from frozen_optax._jit import jit
-from frozen_optax._optimizer import with_frozen
 from frozen_optax._partition import combine, partition
-from frozen_optax._report import summary
-from frozen_optax._restoring import restore
-from frozen_optax._selection import Selector, by_mask, by_path, by_predicate
-from frozen_optax._step import apply_updates, grad, value_and_grad, value_and_grad_from_state
-from frozen_optax._step_proofs import assert_step_freezes
-from frozen_optax._transforms import freeze, freeze_all, freeze_by_path
-from frozen_optax._update_proofs import assert_update_freezes
+from frozen_optax._proofs._step import assert_step_freezes
+from frozen_optax._proofs._update import assert_update_freezes
+from frozen_optax._restore import restore
+from frozen_optax._selection import by_mask, by_path, by_predicate
+from frozen_optax._selectors import Selector
+from frozen_optax._summary import summary
+from frozen_optax._with_frozen import with_frozen
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Selector",

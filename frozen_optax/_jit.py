@@ -1,338 +1,562 @@
-"""A compiled train step that takes the frozen leaves and never hands them back: the caller keeps those he has.
+"""A compiled train step that takes the frozen leaves and never hands them back.
 
-`jax.jit` copies every leaf that comes out as it went in, unless it is donated. What is compiled here takes the first
-argument as two rows of leaves, frozen and not, and returns one row, which leaves out the frozen leaves of the
-successor, whatever the step computed for them.
+`jax.jit` copies every leaf that comes out as it went in, unless it is donated. What is compiled
+(`_traced_step.py`) takes the first argument as two rows of leaves, frozen and not, and returns one
+row without the frozen leaves. The caller gets back the ones that went in.
+
+A `Step` stores; functions do the work. They stand in the order in which they are needed: what is
+stored, shardings, a call, what is looked at before the first call, and the stages of a step that is
+compiled ahead of time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
 import itertools
-import operator
 import types
-from collections.abc import Callable, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, overload
 
 import jax
 
-from frozen_optax._bits import is_key
-from frozen_optax._places import Where, Within
-from frozen_optax._rows import Row, as_row, from_row, is_kept, leave_out, put_together, successor_of, take_apart
-from frozen_optax._selection import Selection, Selector, frozen_selector
+from frozen_optax._bits import is_array
+from frozen_optax._messages import quoted
+from frozen_optax._placement import buffers, elsewhere, refuse_shared, target_of
+from frozen_optax._rows import (
+    InputRow,
+    OutputRow,
+    as_row,
+    from_row,
+    is_kept,
+    partition_leaves,
+    partition_rows,
+)
+from frozen_optax._selection import frozen_selector
+from frozen_optax._selectors import Reads, Selector, reads, resolve
+from frozen_optax._traced_step import Asked, Compiled, Outdated, compile_rows, require_up_to_date
 from frozen_optax._trees import (
-    PyTree,
     Resolution,
+    describe,
     is_hole,
+    is_mutable,
     is_traced,
-    join,
-    keystr,
     leaves_if,
+    paths_of,
     require_alive,
 )
+from frozen_optax._typing import Frozen, Leaf, PyTree, Where
+from frozen_optax._variables import refuse_tied
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MAX_MOVED = 3  # leaves named in a warning
+
+# --- what a step stores
 
 
-def _listed(one_or_more: Any) -> list[Any]:
+@dataclasses.dataclass(eq=False)
+class _Stored:
+    """What is stored between calls: what was asked for, what is compiled, what need not be redone.
+
+    Attributes:
+      asked: what `jit` was asked for.
+      jitted: the function of rows under `jax.jit`.
+      sharded: the same with shardings of the first argument, for each resolution.
+      last: which leaves were frozen in the last call.
+      checked: the same, of the last call of which all was looked at.
+      has_told: whether it was told of leaves that are moved at each call.
+    """
+
+    asked: Asked
+    jitted: Compiled
+    sharded: dict[Resolution, Compiled] = dataclasses.field(default_factory=dict)
+    last: Resolution | None = None
+    checked: Resolution | None = None
+    has_told: bool = False
+
+
+# --- its shardings
+
+
+def _in_shardings(asked: Asked, resolution: Resolution) -> list[PyTree]:
+    """What `in_shardings` says of each leaf of the first argument, None where it says nothing."""
+    by_leaf: list[PyTree] = [None] * len(resolution.paths)
+    said = asked.options.get("in_shardings")
+    if isinstance(said, (tuple, list)):
+        said = said[0] if said else None
+    if said is None:
+        return by_leaf
+
+    def note(sharding: PyTree, part: PyTree) -> None:
+        for index in jax.tree.leaves(part):
+            by_leaf[index] = sharding
+
+    indices = resolution.unflatten(range(len(by_leaf)))
     try:
-        return [one_or_more] if isinstance(one_or_more, str) else [operator.index(one_or_more)]
-    except TypeError:
-        return list(one_or_more)
+        jax.tree.map(note, said, indices, is_leaf=lambda node: node is None)
+    except ValueError as error:
+        raise ValueError(f"in_shardings[0] is no prefix of the first argument: {error}") from None
+    return by_leaf
 
 
-class _Signature:
-    """The arguments of a step: what jax's options say of them by number, by name, or by either as jax completes it."""
+def _jitted_for(step: _Stored, resolution: Resolution) -> Compiled:
+    """The function of rows under `jax.jit`.
 
-    def __init__(self, fun: Callable[..., Any]):
+    Shardings are said of a tree, and jax needs them of rows, which depend on what is frozen. So
+    with shardings of the first argument there is one function for each resolution.
+    """
+    said = step.asked.options.get("in_shardings")
+    if not isinstance(said, (tuple, list)) or not said:
+        return step.jitted
+    if resolution not in step.sharded:
+        of_first = partition_rows(resolution, _in_shardings(step.asked, resolution))
+        step.sharded[resolution] = compile_rows(step.asked, in_shardings=(*of_first, *said[1:]))
+    return step.sharded[resolution]
+
+
+# --- a call
+
+
+class _Call(NamedTuple):
+    """The arguments of a call, the first of them in rows."""
+
+    frozen: InputRow
+    others: InputRow
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+
+
+def _refuse_unfit(asked: Asked, first: PyTree) -> None:
+    """Raise for a first argument that no compiled step can take and hand back."""
+    is_number = is_array(first) or isinstance(first, (bool, int, float, complex))
+    if jax.tree_util.all_leaves([first]) and not is_number:
+        raise TypeError(
+            f"{asked.name} takes the parameters as its first argument, found {describe(first)}. If "
+            "that is the self of a method, compile the bound method: "
+            "self.step = fo.jit(self._step, frozen=...)."
+        )
+    refuse_tied(first)
+    for path, leaf in zip(paths_of(first), jax.tree.leaves(first), strict=True):
+        if is_mutable(getattr(leaf, "aval", None)):
+            raise TypeError(
+                f"the leaf {path!r} is a mutable array (jax.Ref), which a step can write to "
+                "wherever it is frozen. Pass the array that it holds, ref[...]."
+            )
+
+
+def _first_by_position(
+    asked: Asked, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The arguments, the first one by position, as it may also be given by name."""
+    if args:
+        return args, kwargs
+    for name, argnum in asked.signature.argnums.items():
+        if argnum == 0 and name in kwargs:
+            others = {key: value for key, value in kwargs.items() if key != name}
+            return (kwargs[name],), others
+    raise TypeError(
+        f"{asked.name} takes the parameters as its first argument, and was called without one."
+    )
+
+
+def _in_rows(step: _Stored, args: Sequence[Any], kwargs: dict[str, Any]) -> _Call:
+    """The arguments with the first in rows. This is the path of every call: it has to be short."""
+    args, kwargs = _first_by_position(step.asked, args, kwargs)
+    first = args[0]
+    resolution = step.last  # in training the next tree is like the last one
+    leaves = leaves_if(resolution.treedef, first) if resolution else None
+    if resolution is None or leaves is None:
+        leaves = jax.tree.leaves(first)
+        _refuse_unfit(step.asked, first)
+        resolution = resolve(step.asked.selector, first, to_train=True)
+        # What hangs on values may be another choice for the next tree of this structure.
+        step.last = None if reads(step.asked.selector) is Reads.VALUES else resolution
+    return _Call(*partition_rows(resolution, leaves), args[1:], kwargs)
+
+
+def _with_rows(
+    step: _Stored,
+    run: Callable[[_Call], Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`run` for the arguments with the first in rows.
+
+    Where the arguments are of other shapes than the last ones, other leaves may be frozen. A trace
+    tells, and then it is run again.
+    """
+    try:
+        return run(_in_rows(step, args, kwargs))
+    except Outdated:
+        step.last = None
+    try:
+        return run(_in_rows(step, args, kwargs))
+    except Outdated:
+        raise ValueError(
+            f"what {step.asked.selector!r} freezes of these arguments is not what it freezes of "
+            "them in a trace, where arrays on the host have other dtypes: 32 bits where 64 are not "
+            "enabled. Pass jnp.asarray(...) of them."
+        ) from None
+
+
+def _result(step: _Stored, frozen: Sequence[Leaf], returned: OutputRow | PyTree) -> PyTree:
+    """The result of the step, the frozen leaves in their places."""
+    if step.asked.returns_tree:
+        is_place = lambda node: is_kept(node) or is_hole(node)
+        returned = as_row(*jax.tree.flatten(returned, is_leaf=is_place), len(frozen))
+    return from_row(frozen, returned)
+
+
+def _donations(asked: Asked, call: _Call, skipped: set[int]) -> dict[str, PyTree]:
+    """What a call donates, under the names of the arguments; that of the first goes without saying.
+
+    Positions in `skipped` are those of static arguments, which a step that was compiled ahead of
+    time is called without.
+    """
+    donated = {"": call.others} if 0 in asked.donated.argnums else {}
+    argnums = (argnum for argnum in itertools.count(1) if argnum not in skipped)
+    for argnum, arg in zip(argnums, call.args, strict=False):
+        if argnum in asked.donated.argnums:
+            donated[asked.signature.name(argnum)] = arg
+    by_name = asked.donated.argnames
+    return donated | {name: arg for name, arg in call.kwargs.items() if name in by_name}
+
+
+def _explain(asked: Asked, call: _Call, skipped: set[int], error: Exception) -> None:
+    """Raise, with its path, for the leaf that an error of the runtime is about, if one is."""
+    if "deleted" in str(error):
+        for path, leaf in zip(call.frozen.paths, call.frozen.leaves, strict=True):
+            require_alive(path, leaf)
+    if "donate" in str(error):
+        refuse_shared(call.frozen, _donations(asked, call, skipped), buffers)
+
+
+def _run(
+    step: _Stored,
+    compiled_for: Callable[[Resolution], Compiled],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    skipped: set[int],
+) -> Any:
+    """One step, by a compiled function that takes all arguments but those skipped."""
+
+    def run(call: _Call) -> Any:
+        resolution = call.frozen.resolution
+        if resolution is not step.checked:
+            _look_once(step, call, skipped)
+        compiled = compiled_for(resolution)
         try:
-            self.parameters = list(inspect.signature(fun).parameters.values())
-        except (TypeError, ValueError):  # a builtin
-            self.parameters = []
-        by_number = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.by_number = [p.name for p in self.parameters if p.kind in by_number]
-        self.by_both = {p.name: i for i, p in enumerate(self.parameters) if p.kind is p.POSITIONAL_OR_KEYWORD}
-        self.is_open = not self.parameters or any(p.kind is p.VAR_POSITIONAL for p in self.parameters)
-        if not self.by_number and not self.is_open:
-            raise TypeError("the step takes no argument by position, and the parameters are its first.")
+            returned = compiled(call.frozen, call.others, *call.args, **call.kwargs)
+        # A ValueError comes from a step that was compiled ahead of time.
+        except (RuntimeError, ValueError) as error:
+            _explain(step.asked, call, skipped, error)
+            raise
+        return _result(step, call.frozen.leaves, returned)
 
-    def complete(self, argnums: Any, argnames: Any) -> tuple[set[int], set[str]]:
-        """The numbers and the names of the arguments that an option speaks of."""
-        numbers: set[int] = set(argnums or ())
-        names: set[str] = set(argnames or ())
-        if argnames is None:
-            names = {name for name, number in self.by_both.items() if number in numbers}
-        elif argnums is None:
-            numbers = {number for name, number in self.by_both.items() if name in names}
-        return numbers, names
-
-    def count(self, option: str, argnums: Any) -> list[int]:
-        """Numbers, counted from the first argument."""
-        count = len(self.by_number)
-        for number in argnums if not self.is_open else ():
-            if not -count <= number < count:
-                raise ValueError(f"{option} names the argument {number}, and the step takes {count} by position.")
-        return [number + count if number < 0 and not self.is_open else number for number in argnums]
-
-    def name(self, number: int) -> str:
-        """What to call an argument."""
-        return self.by_number[number] if number < len(self.by_number) else f"argument {number}"
+    return _with_rows(step, run, args, kwargs)
 
 
-def _buffers(leaf: Any) -> set[Any]:
-    """Where the values of an array lie in memory."""
-    if is_key(leaf):
-        leaf = jax.random.key_data(leaf)
-    return {(shard.device, shard.data.unsafe_buffer_pointer()) for shard in leaf.addressable_shards}
+# --- before the first call
 
 
-def _refuse_shared(frozen: Row, donated: dict[str, PyTree], identify: Callable[[Any], set[Any]]) -> None:
-    """Raise where a donated leaf and a frozen one are the same memory."""
-    is_buffer = lambda leaf: isinstance(leaf, jax.Array) and not is_traced(leaf) and not leaf.is_deleted()
-    held = zip(frozen.paths, frozen.leaves, strict=True)
-    owners = {key: path for path, leaf in held if is_buffer(leaf) for key in identify(leaf)}
-    for name, tree in donated.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            for key in owners.keys() & identify(leaf) if is_buffer(leaf) else ():
+def _look_once(step: _Stored, call: _Call, skipped: set[int]) -> None:
+    """What is looked at before the first step and, as it costs time, at no other."""
+    asked = step.asked
+    require_up_to_date(asked, call.frozen, call.others)
+    if any(map(is_traced, (*call.frozen.leaves, *call.others.leaves))):
+        return  # tracers have no buffers, and are nowhere
+    if any(asked.donated):
+        # The runtime sees it at any call. Here it is seen before the first compilation, and before
+        # the runtime has begun on some of several devices: after that, jax 0.7.0 can wait for the
+        # others for ever.
+        donated = _donations(asked, call, skipped)
+        refuse_shared(call.frozen, donated, lambda leaf: {id(leaf)})
+    _refuse_other_shardings(step, call)
+    if not step.has_told:
+        _tell_of_moves(step, call)
+    step.checked = call.frozen.resolution
+
+
+def _refuse_other_shardings(step: _Stored, call: _Call) -> None:
+    """Raise where `out_shardings` says of a frozen leaf what it is not."""
+    said = step.asked.options.get("out_shardings")
+    if said is None:
+        return
+
+    def compare(sharding: PyTree, part: PyTree) -> None:
+        if not isinstance(sharding, jax.sharding.Sharding):
+            return
+        for kept in filter(is_kept, jax.tree.leaves(part, is_leaf=is_kept)):
+            leaf = call.frozen.leaves[kept.index]
+            if not isinstance(leaf, jax.Array):
+                continue
+            if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+                path = call.frozen.paths[kept.index]
                 raise ValueError(
-                    f"the frozen leaf {owners[key]!r} is the same buffer as {join(name, keystr(path))!r}, which is to "
-                    "be donated: the step would overwrite it. Freeze both (tied weights), give the one a copy of its "
-                    "own (jnp.copy), or donate neither."
+                    f"out_shardings says {sharding} of the frozen leaf {path!r}, which is handed "
+                    f"back as it came, with {leaf.sharding}. Put it there before the first step "
+                    "(jax.device_put), or say None of it."
                 )
+
+    jitted = _jitted_for(step, call.frozen.resolution)
+    result = jitted.eval_shape(call.frozen, call.others, *call.args, **call.kwargs)
+    jax.tree.map(compare, said, result, is_leaf=lambda node: node is None)
+
+
+def _moved(asked: Asked, call: _Call) -> Iterator[str]:
+    """The frozen leaves that are not where the step needs them, and where they are."""
+    resolution, frozen = call.frozen.resolution, call.frozen.leaves
+    others = (*call.others.leaves, *jax.tree.leaves((call.args, call.kwargs)))
+    target = target_of([*frozen, *others])
+    shardings, _ = partition_leaves(resolution, _in_shardings(asked, resolution))
+    for path, leaf, sharding in zip(call.frozen.paths, frozen, shardings, strict=True):
+        if place := elsewhere(leaf, sharding, target):
+            yield f"{path!r} ({place})"
+
+
+def _tell_of_moves(step: _Stored, call: _Call) -> None:
+    """Warn of frozen leaves that are moved at each call."""
+    moved = list(_moved(step.asked, call))
+    if not moved:
+        return
+    step.has_told = True
+    shown = ", ".join(moved[:_MAX_MOVED])
+    if len(moved) > _MAX_MOVED:
+        shown += f", and {len(moved) - _MAX_MOVED} more"
+    warnings.warn(
+        f"frozen leaves are moved to where the step runs, at each of its calls: {shown}. Move them "
+        "once, before the first step: params = jax.device_put(params, sharding), or on a single "
+        "device jax.device_put(params).",
+        stacklevel=7,  # where the step was called
+    )
+
+
+# --- stages
 
 
 class _Stage:
     """A traced, lowered or compiled step: all that jax has for it, and called as the step is."""
 
-    def __init__(self, stage: Any, call: Callable[..., Any]):
-        self._stage, self._call = stage, call
+    def __init__(self, stage: Any, run: Callable[..., Any]):
+        self._stage, self._run = stage, run
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # while it is copied it has no stage yet
-            raise AttributeError(name)
+            raise AttributeError(
+                f"a stage of a frozen_optax.jit step has no {name}. What jax takes apart "
+                "(jax.export.export, serialize_executable) takes the step under jax.jit: "
+                "jax.jit(step)."
+            )
         return getattr(self._stage, name)
 
     def lower(self, **options: Any) -> _Stage:
-        return _Stage(self._stage.lower(**options), self._call)
+        return _Stage(self._stage.lower(**options), self._run)
 
     def compile(self, *args: Any, **options: Any) -> _Stage:
-        return _Stage(self._stage.compile(*args, **options), self._call)
+        return _Stage(self._stage.compile(*args, **options), self._run)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return self._call(self._stage, args, kwargs)
+        return self._run(self._stage, args, kwargs)
 
 
-class Step:
-    """What `jit` makes of a train step: it is called as the step is, and has the methods of a `jax.jit` function."""
+def _stage(step: _Stored, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> _Stage:
+    """What a method of the function under `jax.jit` makes of the arguments: `trace` or `lower`."""
 
-    def __init__(self, fun: Callable[..., Any], selector: Selector, where: Where | None, options: dict[str, Any]):
-        functools.update_wrapper(self, fun, updated=())
-        self._fun, self._where = fun, where
-        self._selector = selector if where is None else Within(selector, where)
-        self._signature = signature = _Signature(fun)
-        self._options: dict[str, Any] = {
-            option: _listed(value) if option.endswith(("_argnums", "_argnames")) and value is not None else value
-            for option, value in options.items()
-        }
-        for option in ("static_argnums", "donate_argnums"):
-            if self._options.get(option) is not None:
-                self._options[option] = signature.count(option, self._options[option])
-        said = lambda kind: (self._options.get(f"{kind}_{by}") for by in ("argnums", "argnames"))
-        self._static, self._donated = (signature.complete(*said(kind)) for kind in ("static", "donate"))
-        if 0 in self._static[0]:
-            raise ValueError("the first argument holds the parameters, so it cannot be static.")
-        if any(self._donated) and not self._options.setdefault("keep_unused", True):
-            raise ValueError(
-                "keep_unused=False together with donation: a frozen leaf that the program does not read could share a "
-                "buffer with a donated one, and nothing would notice. Leave keep_unused out."
+    def run(call: _Call) -> _Stage:
+        resolution = call.frozen.resolution
+        make = getattr(_jitted_for(step, resolution), method)
+        stage = make(call.frozen, call.others, *call.args, **call.kwargs)
+        return _Stage(stage, functools.partial(_run_compiled, step, resolution))
+
+    return _with_rows(step, run, args, kwargs)
+
+
+def _run_compiled(
+    step: _Stored,
+    expected: Resolution,
+    compiled: Compiled,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """One step, by a function that was compiled ahead of time for what was frozen then."""
+    if reads(step.asked.selector) is not Reads.STRUCTURE:
+        step.last = None  # nothing is traced, which would tell that other leaves are frozen
+
+    def compiled_for(resolution: Resolution) -> Compiled:
+        if resolution != expected:
+            raise TypeError(
+                "this step was compiled for a first argument of another structure, or in which "
+                f"other leaves are frozen: {quoted(expected.chosen) or 'none'}, and now "
+                f"{quoted(resolution.chosen) or 'none'}."
             )
-        self._sharded: dict[Any, Any] = {}
-        self._last: Resolution | None = None
-        self._checked: Resolution | None = None  # the one whose first call had no buffer at two places
-        self._jitted = self._jit()
+        return compiled
 
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
+    return _run(step, compiled_for, args, kwargs, step.asked.static.argnums)
+
+
+# --- the step
+
+
+class Step(Generic[P, R]):
+    """What `jit` makes of a train step.
+
+    It is called as the step is, and has the methods of a `jax.jit` function.
+    """
+
+    __wrapped__: Callable[P, R]
+
+    def __init__(
+        self,
+        fun: Callable[P, R],
+        selector: Selector,
+        where: Where | None,
+        discard: bool,
+        options: dict[str, Any],
+    ):
+        functools.update_wrapper(self, fun, updated=())
+        asked = Asked.of(fun, selector, where, discard, options)
+        self._stored = _Stored(asked, compile_rows(asked))
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
-    def _jit(self, **more: Any) -> Any:
-        """The function of rows, compiled; the frozen leaves come before all arguments, so numbers shift by one."""
-
-        @functools.wraps(self._fun)
-        def of_rows(frozen: Row, others: Row, /, *args: Any, **kwargs: Any) -> Any:
-            result = self._fun(put_together(frozen, others), *args, **kwargs)
-            first = put_together(frozen, others)  # the step may have put other things into the one it was given
-            leaves, treedef = leave_out(result, successor_of(result, first, self._where), frozen.form)
-            if self._returns_tree:
-                return jax.tree.unflatten(treedef, leaves)
-            return as_row(leaves, treedef, len(frozen.leaves))
-
-        if parameters := self._signature.parameters:
-            name = "frozen_" + "_".join(parameter.name for parameter in parameters)
-            before = inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
-            of_rows.__signature__ = inspect.Signature([before, *parameters])  # pyright: ignore
-        options: dict[str, Any] = self._options | more
-        for option in ("static_argnums", "donate_argnums"):
-            if numbers := options.get(option):
-                options[option] = [number + 1 if number >= 0 else number for number in numbers]
-        return jax.jit(of_rows, **options)
-
-    @property
-    def _returns_tree(self) -> bool:
-        return "out_shardings" in self._options  # which are said of the tree, and so of no row
-
-    def _jitted_for(self, frozen: Row, others: Row) -> Any:
-        """The compiled function; with shardings of the first argument, one for each structure it has."""
-        shardings = self._options.get("in_shardings")
-        if not isinstance(shardings, (tuple, list)) or not shardings:
-            return self._jitted
-        resolution = frozen.form
-        if resolution not in self._sharded:
-            by_leaf: list[Any] = [None] * len(resolution.paths)
-
-            def note(sharding: Any, part: PyTree) -> None:
-                for leaf in jax.tree.leaves(part):
-                    by_leaf[leaf] = sharding
-
-            try:
-                jax.tree.map(note, shardings[0], resolution.unflatten(range(len(by_leaf))), is_leaf=lambda x: x is None)
-            except ValueError as error:
-                raise ValueError(f"in_shardings[0] is no prefix of the first argument: {error}") from None
-            shardings = (*take_apart(resolution, by_leaf), *shardings[1:])
-            self._sharded[resolution] = self._jit(in_shardings=shardings)
-        return self._sharded[resolution]
-
-    def _rows(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The first argument as two rows, whether it was given by position or by name, and the others."""
-        name = next(iter(self._signature.by_both), "")
-        if not args and self._signature.by_both.get(name) == 0 and name in kwargs:
-            args = (kwargs[name],)
-            kwargs = {key: value for key, value in kwargs.items() if key != name}
-        if not args:
-            name = getattr(self._fun, "__name__", repr(self._fun))
-            raise TypeError(f"{name} takes the parameters as its first argument, and was called without one.")
-        first = args[0]
-        resolution = self._last  # in training the next tree is like the last one
-        leaves = leaves_if(resolution.treedef, first) if resolution else None
-        if resolution is None or leaves is None:
-            leaves, treedef = jax.tree.flatten(first)
-            resolution = self._selector._resolve_flat(first, leaves, treedef)
-            self._last = resolution if self._selector._reads == 0 else None
-        return *take_apart(resolution, leaves), args[1:], kwargs
-
-    def _donations(self, others: Row, args: Any, kwargs: Any, skipped: set[int]) -> dict[str, PyTree]:
-        """What a call donates, under the names of the arguments; that of the first goes without saying."""
-        numbers, names = self._donated
-        donated = {"": others} if 0 in numbers else {}
-        given = (number for number in itertools.count(1) if number not in skipped)
-        donated |= {self._signature.name(n): arg for n, arg in zip(given, args, strict=False) if n in numbers}
-        return donated | {name: arg for name, arg in kwargs.items() if name in names}
-
-    def _call(self, compiled_for: Callable[..., Any], args: Any, kwargs: Any, skipped: set[int]) -> Any:
-        """One step, by a compiled function that takes all arguments but those skipped."""
-        frozen, others, args, kwargs = self._rows(args, kwargs)
-        if any(self._donated) and frozen.form is not self._checked:
-            # The runtime sees it at any call. Here it is seen before the first compilation, and before the runtime has
-            # begun on some of several devices: after that, jax 0.7.0 can wait for the others for ever.
-            _refuse_shared(frozen, self._donations(others, args, kwargs, skipped), lambda leaf: {id(leaf)})
-            self._checked = frozen.form
-        try:
-            result = compiled_for(frozen, others)(frozen, others, *args, **kwargs)
-        except (RuntimeError, ValueError) as error:  # the latter from a step that was compiled ahead of time
-            if "deleted" in str(error):  # say which leaf it was
-                for path, leaf in zip(frozen.paths, frozen.leaves, strict=True):
-                    require_alive(path, leaf)
-            if "donate" in str(error):
-                _refuse_shared(frozen, self._donations(others, args, kwargs, skipped), _buffers)
-            raise
-        return self._from_rows(frozen.leaves, result)
-
-    def _call_compiled(self, compiled: Any, args: Any, kwargs: Any) -> Any:
-        return self._call(lambda *_: compiled, args, kwargs, self._static[0])  # it is called without those
-
-    def _from_rows(self, frozen: Sequence[Any], result: Any) -> PyTree:
-        if self._returns_tree:
-            result = as_row(*jax.tree.flatten(result, is_leaf=lambda x: is_kept(x) or is_hole(x)), len(frozen))
-        return from_row(frozen, result)
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """One step."""
-        return self._call(self._jitted_for, args, kwargs, set())
+        step = self._stored
+        return _run(step, functools.partial(_jitted_for, step), args, kwargs, set())
 
-    def trace(self, /, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """As `jax.jit` has it."""
-        frozen, others, args, kwargs = self._rows(args, kwargs)
-        return _Stage(self._jitted_for(frozen, others).trace(frozen, others, *args, **kwargs), self._call_compiled)
+        return _stage(self._stored, "trace", args, kwargs)
 
-    def lower(self, /, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """As `jax.jit` has it: what it is compiled to is called as the step is."""
-        frozen, others, args, kwargs = self._rows(args, kwargs)
-        return _Stage(self._jitted_for(frozen, others).lower(frozen, others, *args, **kwargs), self._call_compiled)
+        return _stage(self._stored, "lower", args, kwargs)
 
-    def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """The shapes and dtypes of what the step returns."""
-        frozen, others, args, kwargs = self._rows(args, kwargs)
-        result = self._jitted_for(frozen, others).eval_shape(frozen, others, *args, **kwargs)
-        return self._from_rows(jax.eval_shape(lambda leaves: leaves, frozen.leaves), result)
+        step = self._stored
+
+        def run(call: _Call) -> Any:
+            jitted = _jitted_for(step, call.frozen.resolution)
+            returned = jitted.eval_shape(call.frozen, call.others, *call.args, **call.kwargs)
+            frozen = jax.eval_shape(lambda leaves: leaves, call.frozen.leaves)
+            return _result(step, frozen, returned)
+
+        return _with_rows(step, run, args, kwargs)
 
     def clear_cache(self) -> None:
         """Forgets all that was compiled."""
-        for jitted in (self._jitted, *self._sharded.values()):
+        for jitted in (self._stored.jitted, *self._stored.sharded.values()):
             jitted.clear_cache()
+
+
+# --- what users call
+
+
+@overload
+def jit(
+    fun: Callable[P, R],
+    /,
+    *,
+    frozen: Frozen = None,
+    trainable: Frozen = None,
+    where: Where | None = None,
+    discard: bool = False,
+    **options: Any,
+) -> Step[P, R]: ...
+
+
+@overload
+def jit(
+    fun: None = None,
+    /,
+    *,
+    frozen: Frozen = None,
+    trainable: Frozen = None,
+    where: Where | None = None,
+    discard: bool = False,
+    **options: Any,
+) -> Callable[[Callable[P, R]], Step[P, R]]: ...
 
 
 def jit(
     fun: Callable[..., Any] | None = None,
     /,
     *,
-    frozen: Selection = None,
-    trainable: Selection = None,
+    frozen: Frozen = None,
+    trainable: Frozen = None,
     where: Where | None = None,
+    discard: bool = False,
     **options: Any,
 ) -> Any:
     """`jax.jit` for a train step: frozen leaves go in and never come out.
 
-    The step takes the parameters, or a state that holds them (a Flax `TrainState`, a tuple, a dataclass), as its first
-    argument and returns their successor, alone or first in a tuple. In what the caller gets back, each frozen leaf of
-    the successor is the very object that was passed in. What the step computed for it is discarded, so it is frozen
-    whatever the step does; and it is neither copied, nor dispatched, nor donated.
+    The step takes the parameters, or a state that holds them (a Flax `TrainState`, a tuple, a
+    dataclass), as its first argument and returns their successor, alone or first in a tuple. In
+    what the caller gets back, each frozen leaf of the successor is the very object that was passed
+    in. It is neither copied, nor dispatched, nor donated.
+
+    The step has to leave the frozen leaves as they are, or to add nothing but zero to them. That is
+    seen when it is traced, and costs a second trace where a frozen leaf comes out as another array
+    (as from `optax.apply_updates`). What it makes else of a frozen leaf would be computed and
+    thrown away: a moving average that never happens, a count of random numbers that stands still,
+    an optimizer that trains what is frozen here. That is an error.
 
     Args:
       fun: the step; leave it out to use `jit` as a decorator.
-      frozen: what is frozen, as `freeze` takes it.
-      trainable: what is not frozen, instead. Outside of what `where` names nothing is frozen.
-      where: says where in the first argument the parameters are: `lambda state: state.params`. It may return a tuple
-        of several parts, such as parameters and batch statistics. Paths are relative to each, a pattern has to select
-        something in one of them, and a mask has the structure of what `where` returns. It is called on trees of
+      frozen: the leaves that are frozen. Best is the optimizer that `with_frozen` returned, so that
+        it is said once. It may also be a glob on their paths (`"encoder"`), a compiled regex, a
+        `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, or a pytree of
+        bools. False is for a step in which nothing is frozen.
+      trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given.
+        Outside of what `where` names nothing is frozen.
+      where: a function that returns the parameters in the first argument: `lambda state:
+        state.params`. It may return a tuple of several parts, such as parameters and batch
+        statistics. Paths are relative to each, a pattern has to select something in one of them,
+        and a mask has the structure of what `where` returns. It is called on trees of
         `jax.ShapeDtypeStruct`, too.
-      **options: those of `jax.jit`, by its names. Numbers, names and shardings count in the step's own signature.
-        `donate_argnums` takes the trainable leaves of the first argument and all else that it holds, never a frozen
-        leaf, so several runs can share one frozen backbone.
+      discard: whether what the step makes of frozen leaves may be thrown away: they are frozen
+        whatever it does.
+      **options: those of `jax.jit`, by its names. Numbers, names and shardings count in the step's
+        own signature. `donate_argnums` takes the trainable leaves of the first argument and all
+        else that it holds, never a frozen leaf, so several runs can share one frozen backbone.
 
     Returns:
-      The compiled step. It has the methods `lower`, `trace`, `eval_shape` and `clear_cache` of a `jax.jit` function,
-      and what `lower(...).compile()` returns is called as the step is. It is traced again when `jax.jit` would be. A
-      frozen leaf stays where it is: one on the host (a numpy array, a Python number), or under other shardings than
-      `in_shardings`, is moved at each call.
+      The compiled step. It has the methods `lower`, `trace`, `eval_shape` and `clear_cache` of a
+      `jax.jit` function, and what `lower(...).compile()` returns is called as the step is. It is
+      traced again when `jax.jit` would be. A frozen leaf stays where it is: one on the host (a
+      numpy array), on fewer devices than the step runs on, or under other shardings than
+      `in_shardings`, is moved at each call. A warning tells of it once.
 
     Raises:
-      TypeError, ValueError: as `freeze` and `jax.jit`; the first argument is static. When called: the step does not
-        return the successor of its first argument; a frozen leaf is the same buffer as one to be donated. The message
-        names the paths.
+      TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
+        leaves. When called: a leaf is a `jax.Ref`. And whatever `jax.jit` raises.
+      ValueError: the first argument is static. When called: a pattern selects nothing, or a mask
+        does not fit; everything is frozen and nobody said so (`"**"`, `True`); the step does not
+        return the successor of its first argument, or makes something else of a frozen leaf; a
+        frozen leaf is the same buffer as one to be donated, or `out_shardings` contradicts its own;
+        an `nnx.Variable` stands at two places. The message names the paths.
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp
       >>> @fo.jit(frozen="base", donate_argnums=0)
       ... def step(params, x):
-      ...     return {"base": params["base"] * 0, "scale": params["scale"] + x}
+      ...     return {"base": params["base"], "scale": params["scale"] + x}
       >>> params = {"base": jnp.array([-0.0, 1.0]), "scale": jnp.array(2.0)}
       >>> new = step(params, 0.5)
       >>> new["base"] is params["base"], float(new["scale"])
       (True, 2.5)
     """
     if fun is not None and not callable(fun):
-        raise TypeError(f"jit takes a function, found {fun!r}. What is frozen goes by name: jit(step, frozen={fun!r}).")
-    if where is not None and not callable(where):
-        raise TypeError(f"where= is a function, found {where!r}. Write where=lambda state: state.params.")
-    selector = frozen_selector(frozen, trainable)
+        raise TypeError(
+            f"jit takes a function, found {fun!r}. What is frozen goes by name: "
+            f"jit(step, frozen={fun!r})."
+        )
+    selector = frozen_selector(frozen, trainable, where)
     if fun is None:
-        return lambda fun: jit(fun, frozen=selector, where=where, **options)
-    return Step(fun, selector, where, options)
+        return lambda fun: Step(fun, selector, where, discard, options)
+    return Step(fun, selector, where, discard, options)

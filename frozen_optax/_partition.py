@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import optax
 
-from frozen_optax._selection import Selection, frozen_selector
-from frozen_optax._trees import PyTree, children, describe, is_hole, join
+from frozen_optax._selection import resolve_frozen
+from frozen_optax._trees import Resolution, children, describe, is_hole, join
+from frozen_optax._typing import Frozen, PyTree
 
 
 def partition(
-    tree: PyTree, frozen: Selection = None, *, trainable: Selection = None, prune: bool = False
+    tree: PyTree, frozen: Frozen = None, *, trainable: Frozen = None, prune: bool = False
 ) -> tuple[PyTree, PyTree]:
     """Splits a tree in two: `combine(*partition(tree, frozen))` is `tree`, the very same leaves.
 
     Args:
       tree: any pytree; `None` stays `None` in both parts.
-      frozen: what is frozen, as `freeze` takes it.
-      trainable: what is not frozen, instead.
-      prune: leave one hole for a subtree of which nothing is left, instead of one a leaf. That is the structure in
-        which the state of `with_frozen` holds the trainable part, and the cheaper one to pass to a compiled function.
+      frozen: the leaves that are frozen: a glob on their paths (`"encoder"`), a compiled regex, a
+        `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, a pytree of bools,
+        or the optimizer that `with_frozen` returned.
+      trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given.
+      prune: leave one hole for a subtree of which nothing is left, instead of one a leaf. That is
+        the structure in which the state of `with_frozen` holds the trainable part, and the cheaper
+        one to pass to a compiled function.
 
     Returns:
-      `(trainable, frozen)`: two trees in the structure of `tree`, with a hole (`optax.MaskedNode`, a node without
-      leaves) for each leaf that is in the other.
+      `(trainable, frozen)`: two trees in the structure of `tree`, with a hole (`optax.MaskedNode`,
+      a node without leaves) for each leaf that is in the other.
 
     Raises:
-      TypeError, ValueError: as `freeze`.
+      TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
+        leaves.
+      ValueError: a pattern selects nothing, or a mask does not fit; the message names it.
 
     Example:
       >>> import frozen_optax as fo
@@ -39,13 +44,14 @@ def partition(
       >>> fo.combine(trainable, frozen)
       {'encoder': 1.0, 'head': 2.0}
     """
-    selector = frozen_selector(frozen, trainable)
+    resolution = resolve_frozen(frozen, trainable, tree)
     leaves = jax.tree.leaves(tree)
 
-    def part(resolution: Any) -> PyTree:
-        return jax.tree.unflatten(resolution.pruned if prune else resolution.holed, resolution.rest(leaves))
+    def rest(resolution: Resolution) -> PyTree:
+        treedef = resolution.pruned if prune else resolution.holed
+        return jax.tree.unflatten(treedef, resolution.rest(leaves))
 
-    return part(selector._resolve(tree)), part((~selector)._resolve(tree))
+    return rest(resolution), rest(resolution.complement)
 
 
 def _join(parts: Sequence[PyTree], path: str) -> PyTree:
@@ -61,11 +67,16 @@ def _join(parts: Sequence[PyTree], path: str) -> PyTree:
         )
     if jax.tree_util.all_leaves(present[:1]):
         raise ValueError(
-            f"cannot combine: {len(present)} parts have a leaf at {path or 'the root'!r} ({describe(present[0])}). "
-            "Each leaf belongs to one part and is a hole (optax.MaskedNode) in the others."
+            f"cannot combine: {len(present)} parts have a leaf at {path or 'the root'!r} "
+            f"({describe(present[0])}). Each leaf belongs to one part and is a hole "
+            "(optax.MaskedNode) in the others."
         )
-    columns = zip(keyed, *([child for _, child in flat] for flat, _ in below), strict=True)
-    return jax.tree.unflatten(treedef, [_join([child, *others], join(path, key)) for (key, child), *others in columns])
+    others = [[child for _, child in flat] for flat, _ in below]
+    joined = [
+        _join([child, *of_others], join(path, key))
+        for (key, child), *of_others in zip(keyed, *others, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, joined)
 
 
 def combine(*parts: PyTree) -> PyTree:
@@ -79,18 +90,23 @@ def combine(*parts: PyTree) -> PyTree:
 
     Raises:
       TypeError: no parts are given.
-      ValueError: two parts have a leaf at the same place, or differ in structure; the message names the path.
+      ValueError: two parts have a leaf at the same place, or differ in structure; the message names
+        the path.
 
     Example:
       >>> import frozen_optax as fo, optax
-      >>> fo.combine({"encoder": 1.0, "head": optax.MaskedNode()}, {"encoder": optax.MaskedNode(), "head": 2.0})
+      >>> hole = optax.MaskedNode()
+      >>> fo.combine({"encoder": 1.0, "head": hole}, {"encoder": hole, "head": 2.0})
       {'encoder': 1.0, 'head': 2.0}
     """
     if not parts:
         raise TypeError("combine needs at least one part.")
     flat, treedefs = zip(*(jax.tree.flatten(part, is_leaf=is_hole) for part in parts), strict=True)
-    if all(treedef == treedefs[0] for treedef in treedefs[1:]):  # a hole a leaf: no need to walk the trees
-        present = [[leaf for leaf in column if not is_hole(leaf)] for column in zip(*flat, strict=True)]
-        if all(len(leaves) <= 1 for leaves in present):
-            return jax.tree.unflatten(treedefs[0], [leaves[0] if leaves else optax.MaskedNode() for leaves in present])
+    if all(treedef == treedefs[0] for treedef in treedefs[1:]):
+        # With a hole for each leaf there is no need to walk the trees.
+        columns = list(zip(*flat, strict=True))
+        present = [[node for node in column if not is_hole(node)] for column in columns]
+        if all(len(nodes) <= 1 for nodes in present):
+            joined = [nodes[0] if nodes else optax.MaskedNode() for nodes in present]
+            return jax.tree.unflatten(treedefs[0], joined)
     return _join(parts, "")

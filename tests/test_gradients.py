@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 import frozen_optax as fo
 
@@ -50,9 +51,11 @@ def test_value_and_trainable_gradients_are_those_of_jax():
     assert fo.grad(loss, trainable="head")(make_params(), X)["nothing"] is None
 
 
-def test_frozen_gradients_are_zeros_that_are_known_and_take_no_memory():
+def test_frozen_gradients_are_known_zeros_without_memory():
     params = make_params()
-    jaxpr = jax.make_jaxpr(lambda params: fo.apply_updates(params, fo.grad(loss, "encoder")(params, X)))(params).jaxpr
+    jaxpr = jax.make_jaxpr(
+        lambda params: fo.apply_updates(params, fo.grad(loss, "encoder")(params, X))
+    )(params).jaxpr
     assert jaxpr.outvars[:2] == jaxpr.invars[:2], "no operation for encoder/bias and encoder/kernel"
     gradient = fo.grad(loss, "encoder")(params, X)["encoder"]["kernel"]
     assert gradient.strides == (0, 0)
@@ -72,7 +75,9 @@ def test_frozen_leaves_are_not_differentiated_while_tracing():
 
 
 @pytest.mark.parametrize("holes", [False, True])
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"])
+@pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"]
+)
 def test_leaves_of_any_dtype_may_be_frozen(wrap, holes):
     value, gradients = wrap(fo.value_and_grad(odd_loss, "base", holes=holes))(odd_params())
     assert value == 4.0
@@ -99,11 +104,15 @@ def test_auxiliary_data_is_returned_as_jax_does():
 @pytest.mark.parametrize("argnums", [1, (0, 1), (1,), -1, [1, 0]], ids=str)
 def test_argnums_are_those_of_jax(argnums):
     function = lambda a, b: jnp.sum(a["w"] * b["w"] ** 2 * a["v"] * b["v"])
-    a, b = ({"v": jnp.array([1.0, 2.0]) + i, "w": jnp.array([3.0, 4.0]) * (i + 1)} for i in range(2))
+    a, b = (
+        {"v": jnp.array([1.0, 2.0]) + i, "w": jnp.array([3.0, 4.0]) * (i + 1)} for i in range(2)
+    )
     ours = fo.grad(function, "v", argnums)(a, b)
     expected = jax.grad(function, argnums)(a, b)
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
-    trainable = lambda tree: [leaf["w"] for leaf in jax.tree.leaves(tree, is_leaf=lambda n: isinstance(n, dict))]
+    trainable = lambda tree: [
+        leaf["w"] for leaf in jax.tree.leaves(tree, is_leaf=lambda n: isinstance(n, dict))
+    ]
     fo.assert_trees_bit_identical(trainable(ours), trainable(expected))
 
 
@@ -116,16 +125,21 @@ def test_complex_parameters_are_differentiated_as_jax_does():
 
 def test_under_vmap_and_nested_it_is_what_jax_gives():
     params = make_params()
-    per_example = jax.vmap(fo.grad(loss, "encoder", holes=True), in_axes=(None, 0))(params, X[:, None])
+    per_example = jax.vmap(fo.grad(loss, "encoder", holes=True), in_axes=(None, 0))(
+        params, X[:, None]
+    )
     expected = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, X[:, None])
     np.testing.assert_allclose(per_example["head"], expected["head"], rtol=1e-6)
 
-    second = fo.grad(lambda params: jnp.sum(fo.grad(loss, "encoder", holes=True)(params, X)["head"] ** 2), "encoder")
+    second = fo.grad(
+        lambda params: jnp.sum(fo.grad(loss, "encoder", holes=True)(params, X)["head"] ** 2),
+        "encoder",
+    )
     expected = jax.grad(lambda params: jnp.sum(jax.grad(loss)(params, X)["head"] ** 2))
     np.testing.assert_allclose(second(params)["head"], expected(params)["head"], rtol=1e-5)
 
 
-def test_accumulating_over_microbatches_with_holes_carries_nothing_for_frozen_leaves():
+def test_accumulating_with_holes_carries_nothing_frozen():
     params = make_params()
     gradient_of = fo.grad(loss, "encoder", holes=True)
     zeros = jax.tree.map(jnp.zeros_like, fo.partition(params, "encoder")[0])
@@ -134,7 +148,9 @@ def test_accumulating_over_microbatches_with_holes_carries_nothing_for_frozen_le
         add = lambda total, x: (jax.tree.map(jnp.add, total, gradient_of(params, x[None])), None)
         return jax.lax.scan(add, zeros, X)[0]
 
-    scan = next(eqn for eqn in jax.make_jaxpr(accumulate)(params).eqns if eqn.primitive.name == "scan")
+    scan = next(
+        eqn for eqn in jax.make_jaxpr(accumulate)(params).eqns if eqn.primitive.name == "scan"
+    )
     assert len(scan.outvars) == 1, "the carry holds the gradient of the head alone"
     tx = fo.with_frozen(optax.sgd(0.1), "encoder")
     total = jax.jit(accumulate)(params)
@@ -177,7 +193,9 @@ def test_mistakes_are_told(make):
         make(loss, "encodr")(make_params(), X)
     with pytest.raises(TypeError, match="argnums is 2, and 2 arguments were given by position"):
         make(loss, "encoder", 2)(make_params(), X)
-    with pytest.raises(TypeError, match=r"by the trainable leaf 'base/bool', a leaf bool\[3\]\. Freeze it"):
+    with pytest.raises(
+        TypeError, match=r"by the trainable leaf 'base/bool', a leaf bool\[3\]\. Freeze it"
+    ):
         make(odd_loss, "base/int*")(odd_params())
 
 
@@ -185,7 +203,9 @@ def test_mistakes_are_told(make):
 
 LINE_SEARCHES = {
     "lbfgs": optax.lbfgs,
-    "backtracking": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15, store_grad=True)),
+    "backtracking": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15, store_grad=True)
+    ),
 }
 
 
@@ -199,7 +219,7 @@ def quadratic_params():
 
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("name", LINE_SEARCHES)
-def test_a_line_search_goes_the_same_way_from_its_state_as_with_all_computed_again(name, holes):
+def test_a_line_search_goes_the_same_way_from_its_state(name, holes):
     tx = fo.with_frozen(LINE_SEARCHES[name](), trainable="scale")
     from_state = fo.value_and_grad_from_state(quadratic, trainable="scale", holes=holes)
     fresh = fo.value_and_grad(quadratic, trainable="scale", holes=holes)
@@ -208,7 +228,9 @@ def test_a_line_search_goes_the_same_way_from_its_state_as_with_all_computed_aga
         @jax.jit
         def step(params, state):
             value, gradients = value_and_grad(params, state)
-            updates, state = tx.update(gradients, state, params, value=value, grad=gradients, value_fn=quadratic)
+            updates, state = tx.update(
+                gradients, state, params, value=value, grad=gradients, value_fn=quadratic
+            )
             return fo.apply_updates(params, updates), state
 
         params, state = quadratic_params(), tx.init(quadratic_params())
@@ -227,14 +249,18 @@ def test_what_the_state_holds_is_not_computed_again():
     tx = fo.with_frozen(optax.lbfgs(), trainable="scale")
     params = quadratic_params()
     state = tx.init(params)
-    value, gradients = fo.value_and_grad_from_state(quadratic, trainable="scale")(params, state=state)
-    assert value == quadratic(params), "computed, as a fresh state holds an infinite value"
-    _, state = tx.update(gradients, state, params, value=value, grad=gradients, value_fn=quadratic)
-    stored, stored_gradients = fo.value_and_grad_from_state(lambda params: 0 * quadratic(params), trainable="scale")(
+    value, gradients = fo.value_and_grad_from_state(quadratic, trainable="scale")(
         params, state=state
     )
+    assert value == quadratic(params), "computed, as a fresh state holds an infinite value"
+    _, state = tx.update(gradients, state, params, value=value, grad=gradients, value_fn=quadratic)
+    stored, stored_gradients = fo.value_and_grad_from_state(
+        lambda params: 0 * quadratic(params), trainable="scale"
+    )(params, state=state)
     assert stored == optax.tree_utils.tree_get(state, "value") != 0
-    fo.assert_trees_bit_identical(stored_gradients["scale"], optax.tree_utils.tree_get(state, "grad")["scale"])
+    fo.assert_trees_bit_identical(
+        stored_gradients["scale"], optax.tree_utils.tree_get(state, "grad")["scale"]
+    )
 
 
 WITHOUT = {
@@ -244,7 +270,42 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_a_state_without_the_gradient_is_an_error_that_says_what_to_use(name):
+def test_a_state_without_the_gradient_says_what_to_use(name):
     params = quadratic_params()
     with pytest.raises(ValueError, match=r"no gradient of the 1 trainable leaves.*store_grad=True"):
-        fo.value_and_grad_from_state(quadratic, trainable="scale")(params, state=WITHOUT[name]().init(params))
+        fo.value_and_grad_from_state(quadratic, trainable="scale")(
+            params, state=WITHOUT[name]().init(params)
+        )
+
+
+@pytest.mark.parametrize("argnums", [(0, 0), (1, -1), [0, 1, 0]], ids=repr)
+def test_an_argument_that_is_named_twice_is_an_error(argnums):
+    loss = lambda a, b: jnp.sum(a["w"] * b["w"])
+    with pytest.raises(ValueError, match="names an argument twice"):
+        fo.grad(loss, False, argnums=argnums)({"w": jnp.ones(2)}, {"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int8, jnp.int32])
+def test_whatever_counts_as_an_integer_names_an_argument(integer):
+    loss = lambda a, b: jnp.sum(a["w"] * b["w"])
+    params = {"w": jnp.ones(2)}, {"w": jnp.full(2, 3.0)}
+    assert fo.grad(loss, False, argnums=integer(1))(*params)["w"].tolist() == [1, 1]
+    assert fo.grad(loss, False, argnums=[integer(0)])(*params)[0]["w"].tolist() == [3, 3]
+
+
+def test_a_frozen_symbolic_shape_has_a_gradient_of_nothing():
+    shape = export.symbolic_shape("n, 2")
+    specs = {
+        "a": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "b": jax.ShapeDtypeStruct((2,), jnp.float32),
+    }
+    tx = fo.with_frozen(optax.adamw(0.1), "a")
+
+    def step(params):
+        grads = fo.grad(lambda p: jnp.sum(p["a"] * p["b"]), tx)(params)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return fo.apply_updates(params, updates)
+
+    exported = export.export(jax.jit(step))(specs)
+    params = {"a": jnp.array([[-0.0, 1e-45], [1.0, jnp.nan]]), "b": jnp.ones(2)}
+    fo.assert_frozen(params, exported.call(params), tx)

@@ -9,25 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from containers import CONTAINERS, NnxModel
 from flax import nnx
+from helpers import HOLE, PARAMS, same_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_selection import CONTAINERS, NnxModel, selectors, trees
+from strategies import selectors, trees
 
 import frozen_optax as fo
-
-HOLE = optax.MaskedNode()
-PARAMS = {"encoder": {"kernel": 1.0, "bias": 2.0}, "head": {"kernel": 3.0, "bias": 4.0}}
 
 
 def assert_same(left, right):
     """The same structure and the very same leaf objects."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    assert all(a is b for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
+    assert same_objects(left, right)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# partition
+# --- partition
 
 
 def test_each_leaf_is_in_one_part_and_a_hole_in_the_other():
@@ -44,7 +42,7 @@ def test_trainable_names_what_is_in_the_first_part():
     assert fo.partition(PARAMS, trainable=True)[0] == PARAMS
 
 
-def test_a_pruned_part_has_one_hole_for_a_subtree_of_which_nothing_is_left():
+def test_a_pruned_part_has_one_hole_for_an_empty_subtree():
     tree = {
         "encoder": {"a": [1.0, {"b": 2.0}], "c": {"d": (3.0,)}},
         "half": [{"x": 4.0, "y": 5.0}, [6.0, 7.0]],
@@ -77,7 +75,13 @@ def test_of_a_tree_wholly_frozen_one_hole_is_left():
 
 @pytest.mark.parametrize("prune", [False, True])
 def test_none_and_empty_subtrees_stay_what_they_are(prune):
-    tree = {"a": None, "b": {"c": None, "d": 1.0}, "e": [None, 2.0], "f": {}, "g": {"h": None, "i": ()}}
+    tree = {
+        "a": None,
+        "b": {"c": None, "d": 1.0},
+        "e": [None, 2.0],
+        "f": {},
+        "g": {"h": None, "i": ()},
+    }
     for selection in ("b", "e", "**", False, ["b", "e"], "b/d"):
         parts = fo.partition(tree, selection, prune=prune)
         assert_same(fo.combine(*parts), tree)
@@ -100,9 +104,18 @@ def test_a_tree_without_leaves_is_what_both_parts_are(empty, prune):
 @pytest.mark.parametrize("prune", [False, True])
 @pytest.mark.parametrize("selection", ["b", "c", ["b", "c"], "**", False])
 def test_holes_that_were_there_before_stay_where_they_are(selection, prune):
-    tree = {"a": {"x": HOLE}, "b": {"x": 1.0, "y": HOLE}, "c": {"x": 2.0}, "d": [HOLE, {"x": HOLE}], "e": HOLE}
+    tree = {
+        "a": {"x": HOLE},
+        "b": {"x": 1.0, "y": HOLE},
+        "c": {"x": 2.0},
+        "d": [HOLE, {"x": HOLE}],
+        "e": HOLE,
+    }
     assert_same(fo.combine(*fo.partition(tree, selection, prune=prune)), tree)
-    assert_same(fo.combine(*fo.partition({"a": {"x": HOLE}, "b": 1.0}, "b", prune=prune)), {"a": {"x": HOLE}, "b": 1.0})
+    assert_same(
+        fo.combine(*fo.partition({"a": {"x": HOLE}, "b": 1.0}, "b", prune=prune)),
+        {"a": {"x": HOLE}, "b": 1.0},
+    )
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -131,7 +144,7 @@ def test_leaves_that_are_no_arrays_are_the_same_objects_too():
     assert_same(fo.combine(*fo.partition(tree, ["a", "c"])), tree)
 
 
-def test_the_pruned_trainable_part_has_the_structure_in_which_with_frozen_keeps_state():
+def test_the_pruned_trainable_part_is_as_with_frozen_stores_it():
     params = jax.tree.map(jnp.float32, PARAMS)
     for selection in ("encoder", "encoder/kernel", ["encoder", "head/bias"], False):
         state = fo.with_frozen(optax.sgd(0.1, momentum=0.9), selection).init(params)
@@ -141,8 +154,11 @@ def test_the_pruned_trainable_part_has_the_structure_in_which_with_frozen_keeps_
 
 
 @pytest.mark.parametrize("prune", [False, True])
-def test_the_trainable_part_is_differentiated_and_joined_inside_jit(prune):
-    params = {"encoder": {"w": jnp.arange(3.0), "steps": jnp.arange(2)}, "head": {"w": jnp.ones(3), "b": None}}
+def test_the_trainable_part_is_differentiated_inside_jit(prune):
+    params = {
+        "encoder": {"w": jnp.arange(3.0), "steps": jnp.arange(2)},
+        "head": {"w": jnp.ones(3), "b": None},
+    }
     trainable, frozen = fo.partition(params, "encoder", prune=prune)
 
     @jax.jit
@@ -172,7 +188,9 @@ def test_joined_linen_parameters_apply():
     model = nn.Dense(3)
     params = model.init(jax.random.key(0), jnp.ones((1, 2)))
     trainable, frozen = fo.partition(params, "params/bias")
-    assert np.array_equal(model.apply(fo.combine(trainable, frozen), jnp.ones(2)), model.apply(params, jnp.ones(2)))
+    assert np.array_equal(
+        model.apply(fo.combine(trainable, frozen), jnp.ones(2)), model.apply(params, jnp.ones(2))
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +198,11 @@ def test_joined_linen_parameters_apply():
     [
         ("encodr", ValueError, "by_path('encodr') selects nothing"),
         (["encoder", "encodr"], ValueError, "by_path('encodr') selects nothing"),
-        ({"encoder": True}, ValueError, "the mask and the parameters differ in structure at 'the root'"),
+        (
+            {"encoder": True},
+            ValueError,
+            "the mask and the parameters differ in structure at 'the root'",
+        ),
         ("/encoder", ValueError, "Write 'encoder'"),
         (3, TypeError, "cannot select leaves by 3 of type int"),
         (None, TypeError, "exactly one of the two"),
@@ -194,8 +216,7 @@ def test_a_selection_that_does_not_fit_is_an_error(selection, error, message):
                 fo.partition(tree, **arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# combine
+# --- combine
 
 
 def test_three_parts_join_in_any_order_pruned_or_not():
@@ -230,7 +251,7 @@ def test_a_place_where_all_parts_have_a_hole_stays_a_hole():
     assert fo.combine(HOLE, HOLE) == HOLE
 
 
-def test_a_part_may_hold_any_leaves_also_other_ones_than_were_split_off():
+def test_a_part_may_hold_other_leaves_than_were_split_off():
     trainable, frozen = fo.partition(PARAMS, "encoder")
     labels = jax.tree.map(lambda _: "trained", trainable)
     assert fo.combine(labels, frozen) == {
@@ -243,26 +264,56 @@ def test_a_part_may_hold_any_leaves_also_other_ones_than_were_split_off():
 def test_none_joins_none_and_holes():
     for other in (None, HOLE):
         assert fo.combine({"a": None, "b": 1.0}, {"a": other, "b": HOLE}) == {"a": None, "b": 1.0}
-        assert fo.combine({"a": other, "b": HOLE}, {"a": None, "b": 1.0}, HOLE) == {"a": None, "b": 1.0}
+        assert fo.combine({"a": other, "b": HOLE}, {"a": None, "b": 1.0}, HOLE) == {
+            "a": None,
+            "b": 1.0,
+        }
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (({"a": {"b": 1.0, "c": 2.0}}, {"a": {"b": HOLE, "c": 3.0}}), "2 parts have a leaf at 'a/c'"),
-        (({"a": {"b": 1.0, "c": HOLE}}, {"a": HOLE}, {"a": {"b": 3.0, "c": 2.0}}), "2 parts have a leaf at 'a/b'"),
+        (
+            ({"a": {"b": 1.0, "c": 2.0}}, {"a": {"b": HOLE, "c": 3.0}}),
+            "2 parts have a leaf at 'a/c'",
+        ),
+        (
+            ({"a": {"b": 1.0, "c": HOLE}}, {"a": HOLE}, {"a": {"b": 3.0, "c": 2.0}}),
+            "2 parts have a leaf at 'a/b'",
+        ),
         (([1.0, [2.0]], [HOLE, [3.0]], [HOLE, [4.0]]), "3 parts have a leaf at '1/0'"),
         ((1.0, 2.0), "2 parts have a leaf at 'the root'"),
         (({"a": jnp.ones((2, 3))}, {"a": 1.0}), "(a leaf float32[2, 3])"),
         (({"a/~/b": {"w": 1.0}}, {"a/~/b": {"w": 1.0}}), "at 'a/~/b/w'"),
-        (({"a": {"b": 1.0}}, {"a": {"c": 1.0}}), "differ in structure at 'a': a dict of 1 (b), a dict of 1 (c)"),
+        (
+            ({"a": {"b": 1.0}}, {"a": {"c": 1.0}}),
+            "differ in structure at 'a': a dict of 1 (b), a dict of 1 (c)",
+        ),
         (({"a": 1.0, "b": HOLE}, {"a": HOLE}), "differ in structure at 'the root'"),
-        (({"a": {"b": HOLE}}, {"a": 1.0}), "differ in structure at 'a': a dict of 1 (b), a leaf of type float"),
-        (({"a": 1.0}, {"a": {"b": HOLE}}), "differ in structure at 'a': a leaf of type float, a dict of 1 (b)"),
-        (({"a": [1.0, HOLE]}, {"a": (HOLE, 2.0)}), "differ in structure at 'a': a list of 2 (0, 1), a tuple of 2"),
-        (({"a": [1.0]}, {"a": [HOLE, 2.0]}), "differ in structure at 'a': a list of 1 (0), a list of 2 (0, 1)"),
-        (({"a": {"b": None}}, {"a": {"b": 1.0}}), "differ in structure at 'a/b': None, a leaf of type float"),
-        (({"a": {"b": 1.0}}, {"a": {"b": None}}), "differ in structure at 'a/b': a leaf of type float, None"),
+        (
+            ({"a": {"b": HOLE}}, {"a": 1.0}),
+            "differ in structure at 'a': a dict of 1 (b), a leaf of type float",
+        ),
+        (
+            ({"a": 1.0}, {"a": {"b": HOLE}}),
+            "differ in structure at 'a': a leaf of type float, a dict of 1 (b)",
+        ),
+        (
+            ({"a": [1.0, HOLE]}, {"a": (HOLE, 2.0)}),
+            "differ in structure at 'a': a list of 2 (0, 1), a tuple of 2",
+        ),
+        (
+            ({"a": [1.0]}, {"a": [HOLE, 2.0]}),
+            "differ in structure at 'a': a list of 1 (0), a list of 2 (0, 1)",
+        ),
+        (
+            ({"a": {"b": None}}, {"a": {"b": 1.0}}),
+            "differ in structure at 'a/b': None, a leaf of type float",
+        ),
+        (
+            ({"a": {"b": 1.0}}, {"a": {"b": None}}),
+            "differ in structure at 'a/b': a leaf of type float, None",
+        ),
         (({"a": {"b": 1.0}}, None), "differ in structure at 'the root': a dict of 1 (a), None"),
     ],
 )
@@ -278,8 +329,7 @@ def test_an_error_names_the_path_in_an_nnx_state_as_selectors_do():
         fo.combine(state, state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Properties of random trees and selectors
+# --- Properties of random trees and selectors
 
 check = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -299,12 +349,13 @@ def test_what_is_split_joins_to_the_very_same_tree(data, tree, prune):
     if not prune:
         is_hole = lambda node: isinstance(node, optax.MaskedNode)
         whole = jax.tree.structure(tree, is_leaf=is_hole)
-        assert jax.tree.structure(trainable, is_leaf=is_hole) == jax.tree.structure(frozen, is_leaf=is_hole) == whole
+        assert jax.tree.structure(trainable, is_leaf=is_hole) == whole
+        assert jax.tree.structure(frozen, is_leaf=is_hole) == whole
 
 
 @check
 @given(st.data(), trees, st.booleans(), st.booleans())
-def test_the_trainable_part_has_nothing_more_to_freeze_and_the_frozen_part_nothing_to_train(data, tree, prune, again):
+def test_the_parts_have_nothing_more_to_freeze_or_to_train(data, tree, prune, again):
     selector = data.draw(selectors(tree))
     trainable, frozen = fo.partition(tree, selector, prune=prune)
     kept, rest = fo.partition(trainable, selector, prune=again)

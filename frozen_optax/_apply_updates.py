@@ -1,0 +1,95 @@
+"""Updates applied so that nothing else changes a bit: the exact sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from frozen_optax import _bits
+from frozen_optax._trees import describe, is_hole, paths_of, up_to
+from frozen_optax._typing import Leaf, PyTree
+
+
+def _sum(param: Leaf, update: Leaf) -> Leaf:
+    return jnp.asarray(param + update).astype(jnp.asarray(param).dtype)
+
+
+@jax.custom_jvp
+def _differentiable_sum(param: Leaf, update: Leaf) -> Leaf:
+    param, update = jnp.asarray(param), jnp.asarray(update)
+    is_zero = jnp.broadcast_to(jax.lax.eq(update, jax.lax.full_like(update, 0)), param.shape)
+    return _bits.select_bits(is_zero, param, _sum(param, update))
+
+
+@_differentiable_sum.defjvp
+def _jvp(primals: Sequence[Leaf], tangents: Sequence[Leaf]) -> tuple[Leaf, Leaf]:
+    # It is a sum, to be differentiated as one: bits have no derivative.
+    return _differentiable_sum(*primals), jax.jvp(_sum, primals, tangents)[1]
+
+
+# Compiled, it is one dispatch for a leaf where nothing else is compiled, and is traced once for all
+# leaves of a shape.
+_exact_sum = jax.jit(_differentiable_sum)
+
+
+def _is_number(leaf: Leaf) -> bool:
+    return _bits.is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
+
+
+def _apply(param: Leaf, update: Leaf) -> Leaf:
+    if update is None or is_hole(update):
+        return param
+    if not _is_number(update):
+        raise TypeError(f"an update is an array, found {describe(update)}")
+    if not _is_number(param):  # a function, which has no shape
+        if _bits.is_known_zero(update):
+            return param
+        raise TypeError(f"{describe(param)} cannot be added to")
+    shape, of_update = jnp.shape(param), jnp.shape(update)
+    if of_update != shape and np.broadcast_shapes(shape, of_update) != shape:
+        raise TypeError(f"an update of shape {of_update} for a parameter of shape {shape}")
+    # The object itself is kept: no operation, no copy, and every bit of any dtype.
+    if 0 in shape or _bits.is_known_zero(update):
+        return param
+    return _exact_sum(param, update)
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """`optax.apply_updates`, except that a zero update leaves every bit of the parameter as it was.
+
+    Where the update is known to be zero while tracing (the frozen leaves after `with_frozen`;
+    `None`, holes and `float0`) there is no operation at all: the parameter itself is returned,
+    whatever it is. Elsewhere it is `(p + u).astype(p.dtype)`, and where an element of `u` is 0 or
+    -0.0 the bits of that element of `p`. It is differentiated as the sum it is.
+
+    Args:
+      params: a pytree of parameters.
+      updates: a pytree in the structure of `params`; a hole may stand for a leaf or for a whole
+        subtree.
+
+    Returns:
+      The new parameters, in the structure, shapes and dtypes of `params`.
+
+    Raises:
+      ValueError: the trees differ in structure; the message names the path.
+      TypeError: an update that is not nothing for a leaf no arithmetic can touch (a PRNG key, a
+        function), or one of a shape that does not fit; the message names the path.
+
+    Example:
+      >>> import frozen_optax as fo, jax.numpy as jnp
+      >>> fo.apply_updates(jnp.array([-0.0, 1.0]), jnp.array([0.0, 0.5])).tolist()
+      [-0.0, 1.5]
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = zip(leaves, up_to(treedef, updates, "updates"), strict=True)
+    new: list[Leaf] = []
+    for index, (param, update) in enumerate(pairs):
+        try:
+            new.append(_apply(param, update))
+        except (TypeError, ValueError) as error:
+            path = paths_of(params)[index]
+            raise TypeError(f"cannot update the parameter at {path!r}: {error}.") from error
+    return jax.tree.unflatten(treedef, new)

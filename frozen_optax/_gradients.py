@@ -1,0 +1,279 @@
+"""Gradients of what is trained, and of nothing else.
+
+They are computed, or taken from the state of a line search that has computed them.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from frozen_optax import _bits
+from frozen_optax._selection import frozen_selector
+from frozen_optax._selectors import resolve
+from frozen_optax._trees import (
+    Resolution,
+    describe,
+    require_same_structure,
+)
+from frozen_optax._typing import Array, Frozen, Leaf, PyTree
+from frozen_optax._variables import refuse_changed
+
+
+def _gradient(
+    resolution: Resolution, params: list[Leaf], trained: list[Leaf], holes: bool
+) -> PyTree:
+    """The gradient of the whole tree from those of the trainable leaves."""
+    if holes:
+        return jax.tree.unflatten(resolution.holed, trained)
+    return resolution.fill(map(_bits.known_zero, params), trained)
+
+
+def _refuse_undifferentiable(resolution: Resolution, leaves: list[Leaf]) -> None:
+    """Raise for a trainable leaf that no gradient can be taken of."""
+    for path, leaf in zip(resolution.complement.chosen, resolution.rest(leaves), strict=True):
+        if not _bits.is_differentiable(leaf):
+            raise TypeError(
+                f"cannot differentiate by the trainable leaf {path!r}, {describe(leaf)}. Freeze it."
+            )
+
+
+def _as_places(argnums: Any) -> tuple[bool, tuple[int, ...]]:
+    """Whether `argnums` is one position, and its positions; what counts as an integer is one."""
+    try:
+        return True, (operator.index(argnums),)
+    except TypeError:
+        return False, tuple(map(operator.index, argnums))
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    frozen: Frozen = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    *,
+    trainable: Frozen = None,
+    holes: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    """`jax.value_and_grad` with respect to the trainable leaves alone.
+
+    Frozen leaves are not differentiated, while tracing and not by the compiler's grace, so they may
+    be of any dtype: integers, bools, PRNG keys need no `allow_int`. The gradient has the full
+    structure. That of a frozen leaf is zero in its shape and dtype, known to be zero while tracing:
+    `with_frozen` and `apply_updates` do nothing for it.
+
+    Args:
+      fun: a function of the parameters and other arguments that returns a scalar, as
+        `jax.value_and_grad` takes it.
+      frozen: the leaves that are frozen: a glob on their paths (`"encoder"`), a compiled regex, a
+        `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, a pytree of bools,
+        or the optimizer that `with_frozen` returned.
+      argnums: which positional arguments to differentiate; a pattern is relative to each of them.
+      has_aux: whether `fun` returns a pair of the scalar and auxiliary data.
+      holomorphic: whether `fun` is promised to be holomorphic.
+      trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given.
+      holes: leave a hole (`optax.MaskedNode`) for each frozen leaf instead of a zero. Zeros that
+        leave a compiled function, or are carried through a `scan`, become arrays that take memory;
+        holes do not. Every function here accepts them, and `with_frozen` outermost; optax's own
+        wrappers around it do not.
+
+    Returns:
+      A function of the arguments of `fun` that returns what `jax.value_and_grad(fun, ...)` does.
+
+    Raises:
+      TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
+        leaves. When called: `argnums` names an argument that is not given by position; a trainable
+        leaf is no float or complex number. The message names it.
+      ValueError: when called: a pattern selects nothing, or a mask does not fit; everything is
+        frozen and nobody said so (`"**"`, `True`); `argnums` names an argument twice.
+
+    Example:
+      >>> import frozen_optax as fo, jax.numpy as jnp
+      >>> params = {"base": jnp.arange(3), "scale": jnp.array(2.0)}
+      >>> value, grads = fo.value_and_grad(lambda p: p["scale"] * p["base"].sum(), "base")(params)
+      >>> float(value), float(grads["scale"]), grads["base"].tolist()
+      (6.0, 3.0, [0, 0, 0])
+    """
+    selector = frozen_selector(frozen, trainable)
+    is_one, places = _as_places(argnums)
+
+    @functools.wraps(fun)
+    def value_and_grad_of_trainable(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if any(not -len(args) <= place < len(args) for place in places):
+            raise TypeError(
+                f"argnums is {argnums}, and {len(args)} arguments were given by position."
+            )
+        at = [place % len(args) for place in places]
+        if len(set(at)) < len(at):
+            raise ValueError(
+                f"argnums is {argnums}, which names an argument twice among the {len(args)} given."
+            )
+        leaves = [jax.tree.leaves(args[place]) for place in at]
+        resolutions = [resolve(selector, args[place], to_train=True) for place in at]
+
+        for resolution, each in zip(resolutions, leaves, strict=True):
+            _refuse_undifferentiable(resolution, each)
+
+        def of_trainable(*trained: list[Leaf]) -> Any:
+            whole = list(args)
+            for place, resolution, each, part in zip(at, resolutions, leaves, trained, strict=True):
+                whole[place] = resolution.fill(each, part)
+            before = [jax.tree.leaves(whole[place]) for place in at]
+            result = fun(*whole, **kwargs)
+            for place, each in zip(at, before, strict=True):
+                refuse_changed(each, whole[place])
+            return result
+
+        parts = [
+            resolution.rest(each) for resolution, each in zip(resolutions, leaves, strict=True)
+        ]
+        every_part = tuple(range(len(parts)))
+        differentiate = jax.value_and_grad(of_trainable, every_part, has_aux, holomorphic)
+        value, of_parts = differentiate(*parts)
+        grads = tuple(
+            _gradient(resolution, each, trained, holes)
+            for resolution, each, trained in zip(resolutions, leaves, of_parts, strict=True)
+        )
+        return value, grads[0] if is_one else grads
+
+    return value_and_grad_of_trainable
+
+
+def grad(
+    fun: Callable[..., Any],
+    frozen: Frozen = None,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    *,
+    trainable: Frozen = None,
+    holes: bool = False,
+) -> Callable[..., Any]:
+    """`jax.grad` with respect to the trainable leaves alone.
+
+    Arguments and errors are those of `value_and_grad`.
+
+    Returns:
+      A function of the arguments of `fun` that returns the gradient, or with `has_aux` the gradient
+      and the auxiliary data.
+
+    Example:
+      >>> import frozen_optax as fo, jax.numpy as jnp
+      >>> params = {"base": jnp.arange(3), "scale": jnp.array(2.0)}
+      >>> loss = lambda p: p["scale"] * p["base"].sum()
+      >>> grads = fo.grad(loss, trainable="scale", holes=True)(params)
+      >>> grads["base"], float(grads["scale"])
+      (MaskedNode(), 3.0)
+    """
+    both = value_and_grad(
+        fun, frozen, argnums, has_aux, holomorphic, trainable=trainable, holes=holes
+    )
+
+    @functools.wraps(fun)
+    def grad_of_trainable(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_of_trainable
+
+
+def _misfit(resolution: Resolution, params: list[Leaf], value: PyTree, grads: PyTree) -> str | None:
+    """Why what a line search has stored is no value and gradient of the trainable leaves, if so."""
+    if value is None or grads is None:
+        return "it has none"
+    if jax.tree.structure(grads) != resolution.holed:
+        expected = jax.tree.unflatten(resolution.pruned, resolution.rest(params))
+        try:
+            require_same_structure(grads, expected, "its gradient", "the trainable parameters")
+        except ValueError as error:
+            return str(error).rstrip(".")
+    paths, trainable = resolution.complement.chosen, resolution.rest(params)
+    for path, param, gradient in zip(paths, trainable, jax.tree.leaves(grads), strict=True):
+        expected, found = jnp.shape(param), jnp.shape(gradient)
+        if expected != found:
+            return f"that at {path!r} has the shape {found}, and the parameter {expected}"
+    return None
+
+
+def value_and_grad_from_state(
+    fun: Callable[..., Any],
+    frozen: Frozen = None,
+    *,
+    trainable: Frozen = None,
+    holes: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    """`optax.value_and_grad_from_state` for a line search inside `with_frozen`.
+
+    A line search that has stored the value and the gradient at the point it accepted saves
+    computing them again. Optax's own function raises there, as the stored gradient has holes and a
+    computed one has none.
+
+    Args:
+      fun: a function of the parameters and other arguments that returns a scalar.
+      frozen: the leaves that are frozen: a glob on their paths (`"encoder"`), a compiled regex, a
+        `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, a pytree of bools,
+        or the optimizer that `with_frozen` returned.
+      trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given.
+      holes: leave a hole (`optax.MaskedNode`) for each frozen leaf instead of a zero.
+
+    Returns:
+      A function `(params, *args, state, **kwargs)` that returns value and gradient: from `state` if
+      it holds a finite value, computed otherwise.
+
+    Raises:
+      TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
+        leaves.
+      ValueError: when called: a pattern selects nothing, or a mask does not fit; everything is
+        frozen and nobody said so (`"**"`, `True`); `state` holds no value and gradient, or not
+        those of the trainable leaves. The message names the path.
+
+    Example:
+      >>> import frozen_optax as fo, jax.numpy as jnp, optax
+      >>> loss = lambda p: jnp.sum((p["base"] * p["scale"] - 1.0) ** 2)
+      >>> tx = fo.with_frozen(optax.lbfgs(), "base")
+      >>> params = {"base": jnp.array([1.0, 2.0]), "scale": jnp.zeros(2)}
+      >>> state = tx.init(params)
+      >>> for _ in range(5):
+      ...     value, grads = fo.value_and_grad_from_state(loss, tx)(params, state=state)
+      ...     search = {"value": value, "grad": grads, "value_fn": loss}
+      ...     updates, state = tx.update(grads, state, params, **search)
+      ...     params = fo.apply_updates(params, updates)
+      >>> bool(loss(params) < 1e-3)
+      True
+    """
+    selector = frozen_selector(frozen, trainable)
+    computed = value_and_grad(fun, selector, holes=True)
+
+    @functools.wraps(fun)
+    def from_state(params: PyTree, *args: Any, state: PyTree, **kwargs: Any) -> tuple[Any, Any]:
+        resolution = resolve(selector, params, to_train=True)
+        leaves = jax.tree.leaves(params)
+        stored_value = optax.tree_utils.tree_get(state, "value")
+        stored = optax.tree_utils.tree_get(state, "grad")
+        if reason := _misfit(resolution, leaves, stored_value, stored):
+            raise ValueError(
+                f"the state holds no value, or no gradient of the {resolution.holed.num_leaves} "
+                f"trainable leaves: {reason}. Use a line search that stores them "
+                "(store_grad=True) inside with_frozen, with the same leaves frozen: give the "
+                "optimizer for what is frozen."
+            )
+        known = jnp.asarray(stored_value)
+
+        def compute() -> tuple[Array, list[Leaf]]:
+            value, grads = computed(params, *args, **kwargs)
+            return value, jax.tree.leaves(grads)
+
+        def take() -> tuple[Array, list[Leaf]]:
+            return known, jax.tree.leaves(stored)
+
+        value, trained = jax.lax.cond(jnp.isfinite(known), take, compute)
+        return value, _gradient(resolution, leaves, trained, holes)
+
+    return from_state

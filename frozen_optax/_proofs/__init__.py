@@ -1,0 +1,1 @@
+"""Proofs on programs, before training. `README.md` beside this file explains how they are made."""

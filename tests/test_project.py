@@ -1,0 +1,103 @@
+"""What the project says of itself: its version, its dependencies, its workflows and hooks."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import frozen_optax as fo
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+# What a package is called where it is imported, if that is not its name.
+IMPORTED_AS = {"dm-haiku": "haiku", "frozen-optax": "frozen_optax", "orbax-checkpoint": "orbax"}
+# Measured or made where it happens to be installed, and needed by nobody else.
+OPTIONAL = {"examples/make_reference.py": "sentence_transformers"}
+OPTIONAL |= {"benchmarks/torch_reference.py": "torch"}
+
+
+def text(path):
+    return (ROOT / path).read_text()
+
+
+def test_the_version_is_written_once():
+    assert PROJECT["dynamic"] == ["version"]
+    assert importlib.metadata.version("frozen-optax") == fo.__version__
+    assert re.search(rf"^## \[{re.escape(fo.__version__)}\]", text("CHANGELOG.md"), re.M)
+
+
+def declared(requirements):
+    """What the requirements, and the extras that they name, let one import."""
+    names = set()
+    for requirement in requirements:
+        name, extras = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
+        names.add(IMPORTED_AS.get(name, name.replace("-", "_")))
+        for extra in filter(None, (extras or "").split(",")):
+            names |= declared(EXTRAS[extra])
+    return names
+
+
+def imported(path):
+    """The packages that a file imports, at its head or later."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+NEEDS = {
+    "frozen_optax": PROJECT["dependencies"],
+    "examples": [*PROJECT["dependencies"], "frozen-optax", *EXTRAS["examples"]],
+    "benchmarks": [*PROJECT["dependencies"], "frozen-optax", *EXTRAS["benchmarks"]],
+    "tests": [*PROJECT["dependencies"], "frozen-optax", *EXTRAS["test"]],
+}
+
+
+@pytest.mark.parametrize("folder", NEEDS)
+def test_every_package_that_is_imported_is_declared(folder):
+    known = declared(NEEDS[folder]) | set(sys.stdlib_module_names) | {folder, "benchmarks"}
+    for path in (ROOT / folder).rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        siblings = {each.stem for each in path.parent.glob("*.py")}
+        unknown = set(imported(path)) - known - siblings - {OPTIONAL.get(name)}
+        assert not unknown, name
+
+
+def test_the_oldest_versions_that_are_allowed_are_tested():
+    pinned = dict(line.split("==") for line in text("tests/oldest.txt").splitlines())
+    allowed = dict(requirement.split(">=") for requirement in PROJECT["dependencies"])
+    for name, oldest in allowed.items():
+        numbers = oldest.split(".")
+        assert pinned[name].split(".")[: len(numbers)] == numbers, name
+
+
+def test_the_workflows_run_stages_that_there_are():
+    stages = set(re.findall(r"^    (\w+)\) ", text(".ci/run"), re.M))
+    assert stages == {"oldest", "readme", "newest", "exhaustive", "lint", "wheel"}
+    workflow = text(".github/workflows/test.yml")
+    assert "run: .ci/run ${{ matrix.stage }}" in workflow
+    run = set(re.findall(r"stage: \[?(\w+)", workflow))
+    assert run == stages - {"newest"}  # each Python has a job of its own there
+    told = set(re.findall(r"^\| `\.ci/run (\w+)` ", text("CONTRIBUTING.md"), re.M))
+    assert told == stages
+
+
+def test_the_hooks_format_with_the_version_of_the_checks():
+    (pinned,) = re.findall(r"ruff==([\d.]+)", " ".join(EXTRAS["test"]))
+    hooks = text(".pre-commit-config.yaml")
+    assert f"ruff-pre-commit\n    rev: v{pinned}\n" in hooks
+
+
+def test_every_python_that_is_named_is_tested():
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
+    workflow = text(".github/workflows/test.yml")
+    (tested,) = re.findall(r"python: \[(.*)\]", workflow)
+    assert re.findall(r"3\.\d+", tested) == named
+    assert PROJECT["requires-python"] == f">={named[0]}"
