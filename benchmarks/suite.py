@@ -121,7 +121,7 @@ def full() -> Plan:
         Section(
             key="leaves 1000 donated",
             workload=small(250),
-            names=FAST,
+            names=[*FAST, "fo.nnx_jit", "nnx.DiffState"],
             rounds=40,
             loops=7,
             donate=True,
@@ -145,7 +145,12 @@ def full() -> Plan:
             optimizer=clipped,
             more=(CLIPPED_OUTSIDE,),
         ),
-        Section(key="large donated", workload=last, names=LEAN, donate=True),
+        Section(
+            key="large donated",
+            workload=last,
+            names=[*LEAN, "fo.nnx_jit", "nnx.DiffState"],
+            donate=True,
+        ),
         Section(key="large accumulated", workload=last, names=LEAN, optimizer=accumulated),
         Section(
             key="scan",

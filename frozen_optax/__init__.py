@@ -6,6 +6,7 @@ from frozen_optax._fingerprints import assert_fingerprint, fingerprint, watch_fi
 from frozen_optax._freeze import freeze, freeze_all, freeze_by_path
 from frozen_optax._gradients import grad, value_and_grad, value_and_grad_from_state
 from frozen_optax._jit import jit
+from frozen_optax._nnx import nnx_filter, nnx_jit
 from frozen_optax._partition import combine, partition
 from frozen_optax._proofs._step import assert_step_freezes
 from frozen_optax._proofs._update import assert_update_freezes
@@ -35,6 +36,8 @@ __all__ = [
     "freeze_by_path",
     "grad",
     "jit",
+    "nnx_filter",
+    "nnx_jit",
     "partition",
     "restore",
     "summary",

@@ -337,7 +337,7 @@ def _tell_of_moves(step: _Stored, call: _Call) -> None:
 # --- stages
 
 
-class _Stage:
+class Stage:
     """A traced, lowered or compiled step: all that jax has for it, and called as the step is."""
 
     def __init__(self, stage: Any, run: Callable[..., Any]):
@@ -352,24 +352,24 @@ class _Stage:
             )
         return getattr(self._stage, name)
 
-    def lower(self, **options: Any) -> _Stage:
-        return _Stage(self._stage.lower(**options), self._run)
+    def lower(self, **options: Any) -> Stage:
+        return Stage(self._stage.lower(**options), self._run)
 
-    def compile(self, *args: Any, **options: Any) -> _Stage:
-        return _Stage(self._stage.compile(*args, **options), self._run)
+    def compile(self, *args: Any, **options: Any) -> Stage:
+        return Stage(self._stage.compile(*args, **options), self._run)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._stage, args, kwargs)
 
 
-def _stage(step: _Stored, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> _Stage:
+def _stage(step: _Stored, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Stage:
     """What a method of the function under `jax.jit` makes of the arguments: `trace` or `lower`."""
 
-    def run(call: _Call) -> _Stage:
+    def run(call: _Call) -> Stage:
         resolution = call.frozen.resolution
         make = getattr(_jitted_for(step, resolution), method)
         stage = make(call.frozen, call.others, *call.args, **call.kwargs)
-        return _Stage(stage, functools.partial(_run_compiled, step, resolution))
+        return Stage(stage, functools.partial(_run_compiled, step, resolution))
 
     return _with_rows(step, run, args, kwargs)
 

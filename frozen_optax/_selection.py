@@ -141,7 +141,8 @@ def _nnx_filter(value: Frozen) -> Selector | None:
         return None
     is_type = isinstance(value, type) and issubclass(value, nnx.Variable)
     modules = {base.__module__ for base in inspect.getmro(type(value))}
-    if not (is_type or nnx.filterlib.__name__ in modules):
+    # Those of NNX, and of nnx_filter.
+    if not (is_type or modules & {nnx.filterlib.__name__, "frozen_optax._nnx._filter"}):
         return None
     return ByNnxFilter(nnx.filterlib.to_predicate(value), filter=value)
 

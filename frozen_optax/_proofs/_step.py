@@ -11,11 +11,13 @@ import numpy as np
 from frozen_optax import _bits
 from frozen_optax._assertions import difference
 from frozen_optax._jit import Step
+from frozen_optax._nnx import opened
 from frozen_optax._proofs._changes import argument_names, change, kept_in_words, trace_step
 from frozen_optax._proofs._counterexamples import Runs
 from frozen_optax._proofs._findings import Finding, in_words, require_proved, running, section
 from frozen_optax._proofs._trace import Inputs, Result, is_array_or_float, is_number
 from frozen_optax._selection import resolve_frozen
+from frozen_optax._selectors import resolve
 from frozen_optax._trees import spec
 from frozen_optax._typing import Frozen, Where
 
@@ -127,7 +129,12 @@ def assert_step_freezes(
             "assert_step_freezes takes a step and its arguments, the parameters first, and was "
             "given none."
         )
-    resolution = resolve_frozen(frozen, trainable, args[0], where=where, to_check=True)
+    of_nnx = opened(step, args, frozen, trainable)
+    if of_nnx is None:
+        resolution = resolve_frozen(frozen, trainable, args[0], where=where, to_check=True)
+    else:
+        step, args, selector = of_nnx
+        resolution = resolve(selector, args[0], to_check=True)
     is_step = isinstance(step, Step)
     if is_step:  # it hands back the frozen leaves that went in, whatever its function does
         step = step.__wrapped__
@@ -145,7 +152,7 @@ def assert_step_freezes(
         path, leaf = resolution.paths[place], leaves[place]
         number = inputs.groups[0].input_at.get(place)
         words, is_exact = kept_in_words(result, number, leaf)
-        if words and not is_step and _is_rounded(leaf):
+        if words and not (is_step or of_nnx) and _is_rounded(leaf):
             findings.append(_rounded(path, result, leaf))
         elif words and (is_exact or not exact):
             proved.setdefault(path, []).append(words)

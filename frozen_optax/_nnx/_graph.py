@@ -1,0 +1,166 @@
+"""The Variables of NNX modules: where they stand, which are frozen, whether they are the same."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from frozen_optax._selectors import Selector, resolve
+from frozen_optax._trees import describe
+from frozen_optax._typing import PyTree
+
+Path = tuple[Any, ...]  # of keys, as NNX has them: names and indices
+
+_MARKS = ("_object__", "_pytree__")  # attributes that NNX keeps for itself
+
+# --- what NNX calls differently from version to version
+
+
+def _is_node(node: PyTree) -> bool:
+    """Whether `node` is of NNX's own kind: a module, an optimizer, a metric, `nnx.Rngs`."""
+    return isinstance(node, nnx.Pytree if hasattr(nnx, "Pytree") else nnx.Object)
+
+
+def raw_value_getter() -> Callable[[Any], PyTree]:
+    """A function that reads what a Variable holds, as it is: no hook of a getter, no cast."""
+    if hasattr(nnx.Variable, "get_raw_value"):
+        return operator.methodcaller("get_raw_value")
+    return operator.attrgetter("raw_value")
+
+
+def set_raw_value(variable: Any, value: PyTree) -> None:
+    """Puts something into a Variable, as it is."""
+    if hasattr(nnx.Variable, "set_raw_value"):
+        variable.set_raw_value(value)
+    else:
+        variable.raw_value = value
+
+
+# --- where Variables stand
+
+
+def is_variable(node: PyTree) -> bool:
+    """Whether `node` is an `nnx.Variable`."""
+    return isinstance(node, nnx.Variable)
+
+
+def is_module(node: PyTree) -> bool:
+    """Whether `node` is one of what a step of NNX changes in place."""
+    return _is_node(node) or is_variable(node)
+
+
+def _items(node: Any) -> Iterator[tuple[Any, Any]] | None:
+    """The keys and children of what may hold a Variable; None of anything else."""
+    if isinstance(node, (list, tuple)):
+        names = getattr(node, "_fields", None)
+        return zip(names, node, strict=True) if names else enumerate(node)
+    if hasattr(nnx, "List") and isinstance(node, nnx.List):
+        return enumerate(node)
+    if isinstance(node, Mapping):
+        return iter(node.items())
+    if _is_node(node):
+        return ((k, v) for k, v in vars(node).items() if not k.startswith(_MARKS))
+    return None
+
+
+def variables_at(
+    node: PyTree, path: Path = (), above: tuple[int, ...] = ()
+) -> Iterator[tuple[Path, Any]]:
+    """Pairs of a path and the Variable there. One that is shared comes at each of its paths."""
+    if is_variable(node):
+        yield path, node
+        return
+    items = _items(node)
+    if items is None or id(node) in above:  # modules may hold one another
+        return
+    for key, child in items:
+        yield from variables_at(child, (*path, key), (*above, id(node)))
+
+
+def flat_state(state: PyTree) -> list[tuple[Path, Any]]:
+    """Paths and Variables of what `nnx.split` returns as the state, in its order."""
+    key_of = lambda entry: getattr(entry, "key", getattr(entry, "idx", None))
+    flat = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable)
+    return [(tuple(map(key_of, path)), node) for path, node in flat]
+
+
+class Structure:
+    """Tells whether modules are still put together as they were, at a price for each call.
+
+    What NNX itself does at each call, to walk all modules in Python, costs many times a step of
+    1,000 leaves. Here the attributes of all modules are compared with those that there were, object
+    by object, without a line of Python for each. Names are not: an attribute that is renamed, and
+    holds what it held, does not change what is computed. Nor is what a Variable says of itself.
+    """
+
+    def __init__(self, modules: Sequence[Any]):
+        self._containers: list[Collection[Any]] = []
+        seen: set[int] = set()
+        pending: list[Any] = list(modules)
+        while pending:
+            node = pending.pop()
+            if is_variable(node) or id(node) in seen:
+                continue
+            seen.add(id(node))
+            if isinstance(node, Mapping) or _is_node(node):
+                # Of a mapping of another kind (nnx.State) it is what it stores that stays.
+                held = node if isinstance(node, dict) else vars(node)
+                self._containers.append(held.values())  # a live view of what is there
+                pending += (each for key, each in held.items() if not str(key).startswith(_MARKS))
+            elif isinstance(node, (list, tuple)):
+                if isinstance(node, list):  # a tuple never holds anything else
+                    self._containers.append(node)
+                pending += node
+        self._children = list(itertools.chain.from_iterable(self._containers))
+
+    def is_unchanged(self) -> bool:
+        """Whether each container holds the very objects that it held, and no others."""
+        if sum(map(len, self._containers)) != len(self._children):
+            return False
+        children = itertools.chain.from_iterable(self._containers)
+        return all(map(operator.is_, children, self._children))
+
+
+# --- which of them are frozen
+
+
+def parameters_of(model: PyTree, wrt: Any) -> dict[Path, Any]:
+    """The Variables of a model that are of the kind `wrt`, each at all of its paths."""
+    is_parameter = nnx.filterlib.to_predicate(wrt)
+    found = {path: each for path, each in variables_at(model) if is_parameter(path, each)}
+    if not found:
+        raise ValueError(
+            f"there is no parameter in {describe(model)}: expected a module first, with Variables "
+            f"of wrt={wrt!r}."
+        )
+    return found
+
+
+def frozen_among(selector: Selector, parameters: dict[Path, Any]) -> dict[int, bool]:
+    """Of each of the parameters of a model, by the id of its Variable, whether it is frozen.
+
+    A Variable that is shared stands at several paths. It is one array, so it is frozen at all of
+    them or at none.
+    """
+    tree = nnx.from_flat_state(parameters)
+    resolution = resolve(selector, tree, to_train=True)
+    selected = iter(zip(resolution.paths, resolution.selected, strict=True))
+    frozen: dict[int, bool] = {}
+    seen: dict[int, str] = {}
+    for variable in jax.tree.leaves(tree, is_leaf=is_variable):
+        count = len(jax.tree.leaves(variable))
+        for path, is_frozen in itertools.islice(selected, count):
+            if frozen.setdefault(id(variable), is_frozen) != is_frozen:
+                other = seen[id(variable)]
+                held, trained = (path, other) if is_frozen else (other, path)
+                raise ValueError(
+                    f"one nnx.Variable is frozen at {held!r} and not at {trained!r}, and it is one "
+                    "array. Freeze it at both, or at neither."
+                )
+            seen[id(variable)] = path
+    return frozen
