@@ -61,6 +61,7 @@ def test_the_padding_and_the_batch_do_not_change_an_embedding(example):
     np.testing.assert_allclose(together[:1], embed(["A short text."], 6), rtol=0, atol=1e-5)
 
 
+@pytest.mark.exhaustive  # both ways of training; the tests below train the frozen one
 def test_the_job_learns_with_a_frozen_encoder(example, tmp_path, capsys):
     picture = tmp_path / "new folder" / "moved.png"
     scores = example("finetune_text").main(["--quick", "--output", str(picture)])
