@@ -13,13 +13,17 @@ from frozen_optax._proofs._update import assert_update_freezes
 from frozen_optax._restore import restore
 from frozen_optax._selection import by_mask, by_path, by_predicate
 from frozen_optax._selectors import Selector
+from frozen_optax._stages import Stage, stages
 from frozen_optax._summary import summary
+from frozen_optax._transfer_state import Transfer, plan_transfer, transfer_state
 from frozen_optax._with_frozen import with_frozen
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Selector",
+    "Stage",
+    "Transfer",
     "apply_updates",
     "assert_fingerprint",
     "assert_frozen",
@@ -39,8 +43,11 @@ __all__ = [
     "nnx_filter",
     "nnx_jit",
     "partition",
+    "plan_transfer",
     "restore",
+    "stages",
     "summary",
+    "transfer_state",
     "value_and_grad",
     "value_and_grad_from_state",
     "watch_fingerprint",

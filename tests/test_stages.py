@@ -1,0 +1,260 @@
+"""Staged thawing: a schedule of groups, and what each group's optimizer sees."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from helpers import assert_same_bits
+
+import frozen_optax as fo
+from benchmarks.catalogue import EXTRA_ARGS, NAMES, make
+
+STARTS = {"head": 0, "encoder/layer_1": 2, "encoder/layer_0": 4}
+
+
+def make_params() -> dict[str, Any]:
+    kernel = jax.random.normal(jax.random.key(0), (3, 3))
+    return {
+        "embed": jnp.array([-0.0, 1e-45, 2.0]),
+        "encoder": {"layer_0": {"w": kernel + 1}, "layer_1": {"w": kernel + 2}},
+        "head": {"b": jnp.array([1.0, -1.0, 0.5]), "w": kernel},
+    }
+
+
+def gradients(step: int, params: Any) -> Any:
+    """Something that hangs on the step and on the parameters, leaf by leaf."""
+    return jax.tree.map(lambda leaf: jnp.sin(leaf + step) + 0.1, params)
+
+
+def run(stages: Any, steps: int, optimizer: Any, before: Any = None) -> list[Any]:
+    """The parameters before each step and after the last one, op by op."""
+    params, state, taken = make_params(), None, []
+    for stage in stages:
+        tx = stage.optimizer(lambda group, start: optimizer(), before)
+        state = fo.transfer_state(state, tx.init(params))
+        for step in range(stage.start, min(steps, stage.stop or steps)):
+            taken.append(params)
+            updates, state = tx.update(gradients(step, params), state, params)
+            params = fo.apply_updates(params, updates)
+    return [*taken, params]
+
+
+def group_of(params: Any, key: str) -> Any:
+    for name in key.split("/"):
+        params = params[name]
+    return params
+
+
+def bits(tree: Any) -> dict[str, Any]:
+    name = lambda path: jax.tree_util.keystr(path)
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# --- the schedule
+
+
+def test_stages_follow_one_another() -> None:
+    stages = fo.stages(STARTS, stop=6)
+    assert [(stage.start, stage.stop) for stage in stages] == [(0, 2), (2, 4), (4, 6)]
+    assert [stage.groups for stage in stages] == [
+        ("head",),
+        ("head", "encoder/layer_1"),
+        ("head", "encoder/layer_1", "encoder/layer_0"),
+    ]
+    assert [stages.at(step).start for step in range(6)] == [0, 0, 2, 2, 4, 4]
+    assert fo.stages(STARTS)[-1].stop is None
+    assert fo.stages(STARTS).at(10**9).start == 4
+    for step in (-1, 6):
+        with pytest.raises(ValueError, match=f"step {step} is in none of the 3 stages"):
+            stages.at(step)
+
+
+def test_a_group_is_frozen_again_at_the_end_of_its_pair() -> None:
+    stages = fo.stages({"head": (0, 2), "encoder": 2, "embed": (1, 3)})
+    assert [(stage.start, stage.stop, stage.groups) for stage in stages] == [
+        (0, 1, ("head",)),
+        (1, 2, ("head", "embed")),
+        (2, 3, ("encoder", "embed")),
+        (3, None, ("encoder",)),
+    ]
+    stages = fo.stages({"head": (0, 2), "encoder": (2, 5)})
+    assert [(stage.start, stage.stop) for stage in stages] == [(0, 2), (2, 5)]
+
+
+def test_a_stage_says_what_is_frozen_to_every_tool() -> None:
+    params = make_params()
+    stage = fo.stages(STARTS)[1]
+    assert stage.frozen.paths(params) == ["embed", "encoder/layer_0/w"]
+    assert stage.labels(params) == {
+        "embed": "frozen",
+        "encoder": {"layer_0": {"w": "frozen"}, "layer_1": {"w": "encoder/layer_1"}},
+        "head": {"b": "head", "w": "head"},
+    }
+    tx = stage.optimizer(lambda group, start: optax.adamw(0.1))
+
+    @fo.jit(frozen=tx, where=lambda both: both[0])
+    def step(both: Any) -> Any:
+        params, state = both
+        updates, state = tx.update(fo.grad(total, tx)(params), state, params)
+        return fo.apply_updates(params, updates), state
+
+    def total(params: Any) -> Any:
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+    both = params, tx.init(params)
+    fo.assert_step_freezes(step, both, frozen=tx, where=lambda both: both[0], exact=True)
+    fo.assert_update_freezes(tx, params, tx)
+    after, _ = step(both)
+    fo.assert_frozen(params, after, stage.frozen)
+    everything = fo.stages(dict.fromkeys(["embed", "encoder", "head"], 0))[0]
+    assert everything.frozen.paths(params) == []
+
+
+def test_groups_of_any_kind() -> None:
+    params = make_params()
+    bias = fo.by_path("**/b")
+    kernel = re.compile("head/w")
+    small = lambda path, leaf: path == "embed"
+    stages = fo.stages({bias: 0, kernel: 1, small: 2})
+    assert stages[2].groups == (bias, kernel, small)
+    assert stages[2].frozen.paths(params) == ["encoder/layer_0/w", "encoder/layer_1/w"]
+    assert stages[0].labels(params)["head"] == {"b": "by_path('**/b')", "w": "frozen"}
+    made = []
+    stages[1].optimizer(lambda *given: made.append(given) or optax.sgd(0.1)).init(params)
+    assert made == [(bias, 0), (kernel, 1)]
+
+
+@pytest.mark.parametrize(
+    ("starts", "stop", "message"),
+    [
+        ({}, None, "at least one group"),
+        ({"head": -1}, None, r"'head' has the step -1"),
+        ({"head": 0.5}, None, r"'head' has the step 0\.5"),
+        ({"head": True}, None, r"'head' has the step True"),
+        ({"head": (0, 1, 2)}, None, r"'head' has \(0, 1, 2\), expected one step or a pair"),
+        ({"head": (3, 3)}, None, r"'head' is to train from step 3 to step 3"),
+        ({"head": (3, 2)}, None, r"'head' is to train from step 3 to step 2"),
+        ({"head": 2}, None, "nothing trains from step 0 to step 2"),
+        ({"head": (0, 2), "encoder": 4}, None, "nothing trains from step 2 to step 4"),
+        ({"head": (0, 2)}, 4, "nothing trains from step 2 to step 4"),
+        ({"head": 0, "encoder": 5}, 5, "'encoder' would begin at step 5 and never train"),
+        ({"frozen": 0}, None, "cannot be called 'frozen'"),
+        ({"by_path('head')": 0, fo.by_path("head"): 1}, None, "two groups are called"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_an_error(starts: Any, stop: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fo.stages(starts, stop)
+
+
+def test_a_group_that_is_nothing_or_overlaps_is_an_error_at_once() -> None:
+    params = make_params()
+    adam = lambda group, start: optax.adam(0.1)
+    first = fo.stages({"head": 0, "decoder": 9})[0]  # not only in the stage in which it begins
+    with pytest.raises(ValueError, match=r"'decoder'\) selects nothing"):
+        first.optimizer(adam).init(params)
+    first = fo.stages({"head": 0, "**/w": 9})[0]
+    with pytest.raises(ValueError, match=r"'head' and '\*\*/w' overlap, at 'head/w'"):
+        first.optimizer(adam).init(params)
+    with pytest.raises(ValueError, match="overlap"):
+        first.frozen.mask(params)
+    with pytest.raises(TypeError, match="cannot select leaves by 3"):
+        fo.stages({3: 0})
+
+
+# --- what is trained
+
+# Those with extra arguments are called by `optax.partition` with those of the whole tree.
+# `lookahead` trains a pair of trees, which `optax.partition` does not take apart.
+ALONE = [name for name in NAMES if name not in {*EXTRA_ARGS, "lookahead"}]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("adam", "adamw") else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in ALONE
+    ],
+)
+def test_a_thawed_group_is_trained_as_if_alone(name: str) -> None:
+    optimizer = lambda: make(name)
+    taken = run(fo.stages(STARTS), 6, optimizer)
+    for key, start in STARTS.items():
+        untouched = bits(group_of(make_params(), key))
+        for params in taken[: start + 1]:
+            assert_same_bits(bits(group_of(params, key)), untouched)
+        params = group_of(make_params(), key)
+        state = optimizer().init(params)
+        for step in range(start, 6):
+            updates, state = optimizer().update(gradients(step, params), state, params)
+            params = optax.apply_updates(params, updates)
+            assert_same_bits(bits(group_of(taken[step + 1], key)), bits(params))
+    for params in taken:
+        assert_same_bits(bits(params["embed"]), bits(make_params()["embed"]))
+
+
+def test_before_sees_all_that_trains_together() -> None:
+    stages = fo.stages(STARTS)
+    taken = run(stages, 3, lambda: optax.sgd(1.0), optax.clip_by_global_norm(0.01))
+    for step in range(3):
+        moved = jax.tree.map(jnp.subtract, taken[step + 1], taken[step])
+        np.testing.assert_allclose(
+            np.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(moved))), 0.01, rtol=1e-3
+        )
+
+
+def test_a_shared_count_steps_too_far_and_one_a_group_does_not() -> None:
+    params = {"encoder": jnp.ones(3), "head": jnp.ones(3)}
+    steps = 10_000
+
+    def first_step_of_encoder(make_tx: Any) -> float:
+        head, both = fo.stages({"head": 0, "encoder": steps}, stop=steps + 1)
+        tx = make_tx(head)
+        state = optax.tree_utils.tree_set(tx.init(params), count=jnp.array(steps))
+        tx = make_tx(both)
+        state = fo.transfer_state(state, tx.init(params))
+        updates, _ = tx.update(params, state, params)
+        return -float(updates["encoder"][0])
+
+    own = first_step_of_encoder(lambda stage: stage.optimizer(lambda *_: optax.adam(0.1)))
+    shared = first_step_of_encoder(lambda stage: fo.with_frozen(optax.adam(0.1), stage.frozen))
+    np.testing.assert_allclose(own, 0.1, rtol=1e-3)  # a step of Adam is at most its rate
+    assert shared > 0.3
+
+
+# --- into another process, and into another run
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_a_run_resumed_at_any_step_ends_the_same(at: int, tmp_path: Any) -> None:
+    stages = fo.stages(STARTS, stop=6)
+    optimizer = lambda stage: stage.optimizer(lambda *_: optax.adamw(0.1), optax.clip(1.0))
+
+    def train(params: Any, state: Any, first: int, stop: int) -> Any:
+        for stage in stages:
+            steps = range(max(first, stage.start), min(stop, stage.stop))
+            if not steps:
+                continue
+            tx = optimizer(stage)
+            state = fo.transfer_state(state, tx.init(params))
+            for step in steps:
+                updates, state = tx.update(gradients(step, params), state, params)
+                params = fo.apply_updates(params, updates)
+        return params, state
+
+    expected, _ = train(make_params(), None, 0, 6)
+    params, state = train(make_params(), None, 0, at)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", {"params": params, "state": state})
+        checkpointer.wait_until_finished()
+        # The state is that of the last step that was taken.
+        like = None if not at else optimizer(stages.at(at - 1)).init(make_params())
+        abstract = jax.eval_shape(lambda: {"params": make_params(), "state": like})
+        restored = checkpointer.restore(tmp_path / "saved", abstract)
+    params, _ = train(restored["params"], restored["state"], at, 6)
+    assert_same_bits(bits(params), bits(expected))
