@@ -204,8 +204,9 @@ def train(settings: argparse.Namespace) -> dict[str, Any]:
     checkpoints = Checkpoints(settings.checkpoints)
     begin = checkpoints.latest()
     if begin:
+        fresh = params
         params, opt_state = checkpoints.restore(begin, (params, opt_state))
-        fo.assert_fingerprint(params, backbone)
+        fo.assert_frozen(fresh, params, TX)
         say(f"goes on after step {begin}")
     losses = []
     for step in range(begin + 1, settings.steps + 1):

@@ -22,6 +22,7 @@ from helpers import host_bits
 import frozen_optax as fo
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPT = EXAMPLES / "distributed_finetune.py"
 SMALL = ["--layers", "1", "--width", "32", "--batch-size", "16"]
 LIMIT = 240  # seconds for each process, ten times what it takes on two busy cores
 
@@ -33,7 +34,7 @@ class Cluster:
     into a file, so that it never waits for a reader.
     """
 
-    def __init__(self, folder, processes, *arguments):
+    def __init__(self, folder, processes, *arguments, script=SCRIPT):
         self._begin = time.monotonic()
         # The port stays taken until the end, by a socket that does not listen: the coordinator may
         # listen beside it, as both say that they share it, and nobody else gets it.
@@ -41,7 +42,7 @@ class Cluster:
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._port.bind(("127.0.0.1", 0))
         self.address = self._port.getsockname()
-        command = [sys.executable, str(EXAMPLES / "distributed_finetune.py"), *SMALL, *arguments]
+        command = [sys.executable, "-W", "error", str(script), *arguments]
         command += ["--cpu-devices", str(8 // processes), "--processes", str(processes)]
         command += ["--coordinator", "{}:{}".format(*self.address)]
         environment = os.environ | {"no_proxy": "127.0.0.1,localhost", "PYTHONUNBUFFERED": "1"}
@@ -134,8 +135,8 @@ class Cluster:
 def run(folder, processes, *arguments):
     """What a run on so many processes reports; its checkpoints are left in the folder."""
     report = folder / "report.json"
-    options = ["--checkpoints", str(folder / "checkpoints"), "--report", str(report), *arguments]
-    with Cluster(folder, processes, *options) as cluster:
+    options = ["--checkpoints", str(folder / "checkpoints"), "--report", str(report)]
+    with Cluster(folder, processes, *SMALL, *options, *arguments) as cluster:
         cluster.wait()
     assert cluster.is_gone()
     return json.loads(report.read_text())
@@ -198,7 +199,8 @@ def losses_in(output):
 def kill_a_run(folder, processes, *arguments, end_by_itself=False):
     """What a run of many steps has printed, one process of which is killed after a checkpoint."""
     options = ["--checkpoints", str(folder / "checkpoints"), "--save-every", "40"]
-    with Cluster(folder, processes, *options, "--steps", "9999", *arguments) as cluster:
+    options += ["--steps", "9999", *arguments]
+    with Cluster(folder, processes, *SMALL, *options) as cluster:
         cluster.wait_for("step 42:")
         told = cluster.kill_in_mid_step(processes - 1)
         if end_by_itself:
@@ -252,6 +254,50 @@ def test_four_processes_go_on_where_two_were_killed(script, tmp_path):
     assert (resumed["processes"], resumed["begin"]) == (4, 40)
     alone = run_alone(script, tmp_path / "alone", last)
     assert_agree(script, (tmp_path / "alone", folder / "checkpoints"), alone, resumed)
+
+
+# --- checks of arrays that no process holds alone
+
+CHECKS = """
+import distributed_finetune, jax, jax.numpy as jnp, pytest
+import frozen_optax as fo
+
+settings = distributed_finetune.parse()
+distributed_finetune.join(settings)
+mesh = distributed_finetune.make_mesh()
+before, _ = distributed_finetune.make_state(mesh, settings)
+up = before["backbone"]["layer_0"]["up"]
+assert not up.is_fully_addressable and not up.is_fully_replicated
+assert set(up.sharding.device_set) == set(jax.devices())
+trained = jax.tree.map(lambda leaf: leaf + 1, before)
+same = trained | {"backbone": jax.tree.map(jnp.copy, before["backbone"])}
+fo.assert_frozen(before, same, "backbone")
+fo.assert_trees_bit_identical(before["backbone"], same["backbone"])
+
+def first_element_negated(leaf):  # which the first process holds
+    return leaf.at[0, 0].multiply(-1)
+
+below = before["backbone"]["layer_0"] | {"up": first_element_negated(up)}
+moved = trained | {"backbone": {"layer_0": below}}
+with pytest.raises(AssertionError, match="1 of 2 frozen leaves .*\\n.*layer_0/up: elements differ"):
+    fo.assert_frozen(before, moved, "backbone")
+with pytest.raises(AssertionError, match="1 of 2 leaves differ.*\\n.*layer_0/up: elements differ"):
+    fo.assert_trees_bit_identical(before["backbone"], moved["backbone"])
+with pytest.raises(AssertionError, match="no trainable leaf moved"):
+    fo.assert_frozen(before, before | {"backbone": same["backbone"]}, "backbone")
+with pytest.raises(AssertionError, match="1 of 2 leaves have another fingerprint"):
+    fo.assert_fingerprint(moved, fo.fingerprint(before, "backbone"))
+jax.distributed.shutdown()
+"""
+
+
+def test_what_no_process_holds_alone_is_compared_bit_by_bit(tmp_path):
+    program = tmp_path / "checks.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{CHECKS}")
+    options = [*SMALL, "--checkpoints", str(tmp_path / "unused")]
+    with Cluster(tmp_path, 2, *options, script=program) as cluster:
+        cluster.wait()
+    assert cluster.is_gone()
 
 
 # --- the cluster of these tests
