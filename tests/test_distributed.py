@@ -23,8 +23,24 @@ import frozen_optax as fo
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "distributed_finetune.py"
+SLURM_PORTS = range(61440, 65536)  # of which jax takes the one that the job's number says
 SMALL = ["--layers", "1", "--width", "32", "--batch-size", "16"]
 LIMIT = 240  # seconds for each process, ten times what it takes on two busy cores
+
+
+def hold(port):
+    """A free port, or this one if it is free, which nobody but a coordinator gets any more.
+
+    The socket does not listen. A coordinator may listen beside it, as both say that they share.
+    """
+    held = socket.socket()
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", port))
+    except OSError:
+        held.close()
+        raise
+    return held
 
 
 class Cluster:
@@ -34,30 +50,38 @@ class Cluster:
     into a file, so that it never waits for a reader.
     """
 
-    def __init__(self, folder, processes, *arguments, script=SCRIPT):
+    def __init__(self, folder, processes, *arguments, script=SCRIPT, port=0, is_slurm=False):
         self._begin = time.monotonic()
-        # The port stays taken until the end, by a socket that does not listen: the coordinator may
-        # listen beside it, as both say that they share it, and nobody else gets it.
-        self._port = socket.socket()
-        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self._port.bind(("127.0.0.1", 0))
+        self._port = hold(port)
         self.address = self._port.getsockname()
-        command = [sys.executable, "-W", "error", str(script), *arguments]
-        command += ["--cpu-devices", str(8 // processes), "--processes", str(processes)]
-        command += ["--coordinator", "{}:{}".format(*self.address)]
-        environment = os.environ | {"no_proxy": "127.0.0.1,localhost", "PYTHONUNBUFFERED": "1"}
+        # What jax itself warns of differs from version to version; the library tells of leaves that
+        # are moved at each step.
+        command = [sys.executable, "-W", "error::UserWarning", str(script), *arguments]
+        command += ["--cpu-devices", str(8 // processes)]
+        # All speak to this machine alone, and jax warns of proxies.
+        environment = {key: os.environ[key] for key in os.environ if "proxy" not in key.lower()}
+        environment |= {"PYTHONUNBUFFERED": "1"}
+        if is_slurm:
+            environment |= {"SLURM_JOB_ID": str(self.address[1] - SLURM_PORTS[0])}
+            environment |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(processes)}
+            environment |= {"SLURM_STEP_NUM_NODES": "1"}
+        else:
+            command += ["--coordinator", "{}:{}".format(*self.address)]
+            command += ["--processes", str(processes)]
         folder.mkdir(exist_ok=True)
         self._outputs = [folder / f"process_{index}.txt" for index in range(processes)]
         self._processes = []
         try:
             for index, output in enumerate(self._outputs):
+                by_argument = [] if is_slurm else ["--process-id", str(index)]
+                by_slurm = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
                 with output.open("w") as file:
                     self._processes.append(
                         subprocess.Popen(
-                            [*command, "--process-id", str(index)],
+                            [*command, *by_argument],
                             stdout=file,
                             stderr=subprocess.STDOUT,
-                            env=environment,
+                            env=environment | (by_slurm if is_slurm else {}),
                             start_new_session=True,
                         )
                     )
@@ -254,6 +278,21 @@ def test_four_processes_go_on_where_two_were_killed(script, tmp_path):
     assert (resumed["processes"], resumed["begin"]) == (4, 40)
     alone = run_alone(script, tmp_path / "alone", last)
     assert_agree(script, (tmp_path / "alone", folder / "checkpoints"), alone, resumed)
+
+
+@pytest.mark.exhaustive
+def test_what_is_not_said_slurm_is_asked_for(script, tmp_path):
+    options = ["--checkpoints", str(tmp_path / "checkpoints"), "--steps", "3"]
+    for port in SLURM_PORTS:
+        try:
+            cluster = Cluster(tmp_path, 2, *SMALL, *options, port=port, is_slurm=True)
+        except OSError:  # somebody has that one
+            continue
+        break
+    with cluster:
+        cluster.wait()
+    assert cluster.is_gone()
+    assert "8 devices of 2 processes" in cluster.output()
 
 
 # --- checks of arrays that no process holds alone
