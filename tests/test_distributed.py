@@ -7,6 +7,8 @@ alone: what is frozen has to end with the same bits, what is trained with the sa
 import importlib
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import host_bits
+from pages import read
 
 import frozen_optax as fo
 
@@ -293,6 +296,17 @@ def test_what_is_not_said_slurm_is_asked_for(script, tmp_path):
         cluster.wait()
     assert cluster.is_gone()
     assert "8 devices of 2 processes" in cluster.output()
+
+
+def test_the_commands_on_the_page_are_ones_the_script_takes(script):
+    page = read("docs/distributed.md").replace("\\\n", " ")
+    commands = re.findall(r"examples/distributed_finetune\.py( --.*?)(?:\"| && |$)", page, re.M)
+    listed = " ".join(re.findall(r"^ +- (--.*)$", page, re.M))
+    commands.append(listed.replace("$(JOB_COMPLETION_INDEX)", "3"))
+    rehearsal, tpu, slurm, kubernetes = (script.parse(shlex.split(each)) for each in commands)
+    assert (rehearsal.cpu_devices, rehearsal.process_id) == (4, 0)
+    assert tpu.processes is slurm.processes is None  # the cluster is asked
+    assert (kubernetes.processes, kubernetes.process_id) == (4, 3)
 
 
 # --- checks of arrays that no process holds alone
