@@ -129,6 +129,8 @@ class Cluster:
         """Waits until all have ended well."""
         running = lambda: [each for each in self._processes if each.poll() is None]
         self._wait_for(lambda: not running(), "end")
+        if any(process.returncode for process in self._processes):  # all of them at once
+            self.fail("a process failed")
 
     def kill_in_mid_step(self, index):
         """Kills a process while the first one waits for it, in a step."""
@@ -208,15 +210,6 @@ def assert_agree(script, folders, alone, together):
     assert fo.fingerprint(right, script.TX) == alone["frozen"]
 
 
-def test_two_processes_keep_what_one_keeps(script, tmp_path):
-    alone = run_alone(script, tmp_path / "alone", 6)
-    together = run(tmp_path / "two", 2, "--steps", "6")
-    assert (together["processes"], together["devices"], together["begin"]) == (2, 8, 0)
-    assert len(together["losses"]) == 6
-    folders = tmp_path / "alone", tmp_path / "two" / "checkpoints"
-    assert_agree(script, folders, alone, together)
-
-
 def losses_in(output):
     """The loss of each step that a run has printed, by its number."""
     lines = [line.split() for line in output.splitlines() if line.startswith("step ")]
@@ -236,13 +229,13 @@ def kill_a_run(folder, processes, *arguments, end_by_itself=False):
     return losses_in(told)
 
 
-def test_a_run_resumes_after_a_process_was_killed(script, tmp_path):
+def test_two_processes_one_of_them_killed_keep_what_one_keeps(script, tmp_path):
     folder = tmp_path / "two"
     killed = kill_a_run(folder, 2)
     last = max(killed)
     assert 42 <= last < 80  # it was in a step, and not in a save
     resumed = run(folder, 2, "--steps", str(last))
-    assert resumed["begin"] == 40
+    assert (resumed["processes"], resumed["devices"], resumed["begin"]) == (2, 8, 40)
     # From run to run every bit is the same.
     assert [killed[step] for step in range(41, last + 1)] == list(
         map(np.float32, resumed["losses"])
@@ -252,11 +245,13 @@ def test_a_run_resumes_after_a_process_was_killed(script, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_four_processes_keep_what_one_keeps(script, tmp_path):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_keep_what_one_keeps(script, tmp_path, processes):
     alone = run_alone(script, tmp_path / "alone", 6)
-    together = run(tmp_path / "four", 4, "--steps", "6")
-    assert (together["processes"], together["devices"]) == (4, 8)
-    folders = tmp_path / "alone", tmp_path / "four" / "checkpoints"
+    together = run(tmp_path / "many", processes, "--steps", "6")
+    assert (together["processes"], together["devices"], together["begin"]) == (processes, 8, 0)
+    assert len(together["losses"]) == 6
+    folders = tmp_path / "alone", tmp_path / "many" / "checkpoints"
     assert_agree(script, folders, alone, together)
 
 

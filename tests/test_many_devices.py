@@ -169,13 +169,13 @@ def compiled(layout, axis_type, compiler):
     return step.lower(*args).compile(), args
 
 
-FSDP = ("fsdp", AxisType.Auto)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+# `jax.jit` once, where it has most to keep in place; the others are exhaustive.
+ORDINARY = [(layout, AUTO, "fo.jit") for layout in LAYOUTS] + [("fsdp", AUTO, "jax.jit")]
+ORDINARY += [(layout, EXPLICIT, "fo.jit") for layout in ("fsdp", "tensor")]
 COMBINATIONS = [
-    # `jax.jit` once, where it has most to keep in place; the others are exhaustive.
-    pytest.param(
-        *each, marks=[] if each[2] == "fo.jit" or each[:2] == FSDP else pytest.mark.exhaustive
-    )
-    for each in itertools.product(LAYOUTS, [AxisType.Auto, AxisType.Explicit], COMPILERS)
+    pytest.param(*each, marks=[] if each in ORDINARY else pytest.mark.exhaustive)
+    for each in itertools.product(LAYOUTS, [AUTO, EXPLICIT], COMPILERS)
 ]
 
 
