@@ -49,8 +49,35 @@ def _show(leaf: Leaf, pattern: np.ndarray, index: tuple[int, ...]) -> str:
     return digits if _bits.is_key(leaf) else f"{np.asarray(leaf)[index]} ({digits})"
 
 
+def _is_elsewhere(leaf: Leaf) -> bool:
+    """Whether a part of an array is held by another process only."""
+    if not isinstance(leaf, jax.Array) or is_traced(leaf):
+        return False
+    return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
+
+@jax.jit
+def _any_bit_differs(left: Array, right: Array) -> Array:
+    return jnp.any(_bits.bits(left) != _bits.bits(right))
+
+
+def _differs_on_devices(left: Leaf, right: Leaf) -> bool:
+    """Whether two arrays differ, told on the devices that hold them."""
+    if left is right:
+        return False
+
+    def fetched(leaf: Leaf) -> Leaf:
+        device_memory = _bits.device_memory_of(leaf) if isinstance(leaf, jax.Array) else None
+        return jax.device_put(leaf, device_memory) if device_memory else leaf
+
+    return bool(_any_bit_differs(fetched(left), fetched(right)))
+
+
 def difference(left: Leaf, right: Leaf) -> str | None:
     """How two leaves of one kind, whose values are known, differ, or None."""
+    if _is_elsewhere(left) or _is_elsewhere(right):
+        differs = _differs_on_devices(left, right)
+        return "elements differ, and other processes hold a part of them" if differs else None
     if not _has_bits(left):
         same = left is right or np.array_equal(left, right)
         return None if same else f"{left!r} became {right!r}"
@@ -72,7 +99,7 @@ def _bits_of(pairs: Sequence[_Pair]) -> tuple[dict[str, Array], dict[str, Array]
     before: dict[str, Array] = {}
     after: dict[str, Array] = {}
     for index, (path, left, right) in enumerate(pairs):
-        if not _has_bits(left):
+        if not _has_bits(left) or _is_elsewhere(left) or _is_elsewhere(right):
             continue
         name = f"{index}: {path}"  # several leaves may share a path
         try:
@@ -103,7 +130,8 @@ def _assert_bits(pairs: Sequence[_Pair], claim: str, kind: Callable[[Leaf], str]
         return f"{was} became {now}" if was != now else None
 
     def other_object(left: Leaf, right: Leaf) -> str | None:
-        return None if _has_bits(left) else difference(left, right)
+        on_host = _has_bits(left) and not (_is_elsewhere(left) or _is_elsewhere(right))
+        return None if on_host else difference(left, right)
 
     report(other_kind, pairs)
     traced = [pair for pair in pairs if is_traced(pair[1]) or is_traced(pair[2])]

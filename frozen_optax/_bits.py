@@ -168,6 +168,17 @@ def bits(leaf: Array) -> Array:
     return _traced_bits(leaf) if is_traced(leaf) else _host_bits(np.asarray(leaf))
 
 
+def device_memory_of(leaf: jax.Array) -> jax.sharding.Sharding | None:
+    """Where an array that is held in host memory has to be for its devices to compute with it.
+
+    There is no such place for one that is there.
+    """
+    default = next(iter(leaf.sharding.device_set)).default_memory().kind
+    if leaf.sharding.memory_kind in (None, default):
+        return None
+    return leaf.sharding.with_memory_kind(default)
+
+
 def _traced_bits(leaf: Array) -> Array:
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         return jnp.stack([_traced_bits(jnp.real(leaf)), _traced_bits(jnp.imag(leaf))], axis=-1)

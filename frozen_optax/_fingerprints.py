@@ -87,7 +87,12 @@ def _sums(leaf: Array) -> Array:
     return jnp.stack(jax.lax.reduce((first, second), (zero, zero), add, tuple(range(first.ndim))))
 
 
+def _sums_of_fetched(leaf: Array, device_memory: jax.sharding.Sharding) -> Array:
+    return _sums(jax.device_put(leaf, device_memory))
+
+
 _sums_on_device = jax.jit(_sums)
+_sums_of_host_memory = jax.jit(_sums_of_fetched, static_argnums=1)
 
 
 def _begin(path: str, leaf: Leaf) -> Array:
@@ -100,7 +105,11 @@ def _begin(path: str, leaf: Leaf) -> Array:
             f"a fingerprint is of arrays, found {describe(leaf)} at {path!r}. Leave it out."
         )
     try:
-        return _sums(leaf) if is_traced(leaf) else _sums_on_device(leaf)
+        if is_traced(leaf):
+            return _sums(leaf)
+        if device_memory := _bits.device_memory_of(leaf):
+            return _sums_of_host_memory(leaf, device_memory)
+        return _sums_on_device(leaf)
     except TypeError:  # 6-bit floats, whose bits no compiled function can read
         return _sums(leaf)
 

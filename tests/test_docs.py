@@ -158,9 +158,20 @@ def test_the_readme_is_short():
 
 # --- code
 
-BLOCKS = {"README.md": 1, "docs/checks.md": 1, "docs/choosing.md": 2, "docs/cookbook.md": 9}
-BLOCKS |= {"docs/cost.md": 1, "docs/frameworks.md": 5, "docs/proofs.md": 2}
-BLOCKS |= {"docs/which_way.md": 2, "docs/wrappers.md": 2, "docs/stages.md": 3}
+# How many blocks each page has, so that none is passed over.
+BLOCKS = {
+    "README.md": 1,
+    "docs/checks.md": 1,
+    "docs/choosing.md": 2,
+    "docs/cookbook.md": 11,
+    "docs/cost.md": 1,
+    "docs/distributed.md": 1,
+    "docs/frameworks.md": 5,
+    "docs/proofs.md": 2,
+    "docs/stages.md": 3,
+    "docs/which_way.md": 2,
+    "docs/wrappers.md": 2,
+}
 
 
 def blocks_of(page):
