@@ -78,7 +78,11 @@ def test_every_package_that_is_imported_is_declared(folder):
 def test_each_trainer_that_is_declared_trains_in_a_test():
     """And nothing else does: what is not declared would be missing where the stage installs it."""
     files = {path.stem for path in (ROOT / "tests/trainers").glob("test_*.py")}
-    assert files == {f"test_{name}" for name in declared(EXTRAS["trainers"]) - {"paramax"}}
+    names = declared(EXTRAS["trainers"]) - {"paramax"}  # of flowjax
+    assert files == {f"test_{name}" for name in names}
+    on_the_page = text("docs/frameworks.md").partition("| package | its loop |")[2]
+    told = on_the_page.partition("\n\n")[0].splitlines()[2:]
+    assert [line.split()[1] for line in told] == sorted(names)
 
 
 def test_trainers_are_tested_by_a_stage_and_not_by_the_ordinary_command():
