@@ -38,9 +38,9 @@ def inside():
 
 def test_an_average_maps_over_the_trained_part(inside):
     tx, params, ema = inside
-    with pytest.raises(ValueError, match="encoder|MaskedNode"):
+    with pytest.raises(ValueError, match=r"encoder|MaskedNode"):
         jax.tree.map(lambda leaf, mean: mean, params, ema)
-    with pytest.raises(ValueError, match="encoder|MaskedNode"):
+    with pytest.raises(ValueError, match=r"encoder|MaskedNode"):
         optax.incremental_update(params, ema, 0.1)
     trained, _ = fo.partition(params, tx, prune=True)
     expected = 0.1 * params["head"]["w"] + 0.9 * ema["head"]["w"]
