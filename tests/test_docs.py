@@ -166,7 +166,7 @@ BLOCKS = {
     "docs/cookbook.md": 11,
     "docs/cost.md": 1,
     "docs/distributed.md": 1,
-    "docs/frameworks.md": 5,
+    "docs/frameworks.md": 8,
     "docs/proofs.md": 2,
     "docs/stages.md": 3,
     "docs/which_way.md": 2,

@@ -17,6 +17,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # What a package is called where it is imported, if that is not its name.
 IMPORTED_AS = {"dm-haiku": "haiku", "frozen-optax": "frozen_optax", "orbax-checkpoint": "orbax"}
+IMPORTED_AS |= {"ott-jax": "ott"}
 # Measured or made where it happens to be installed, and needed by nobody else.
 OPTIONAL = {"examples/make_reference.py": "sentence_transformers"}
 OPTIONAL |= {"benchmarks/torch_reference.py": "torch"}
@@ -38,8 +39,9 @@ def declared(requirements):
     for requirement in requirements:
         name, extras = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
         names.add(IMPORTED_AS.get(name, name.replace("-", "_")))
-        for extra in filter(None, (extras or "").split(",")):
-            names |= declared(EXTRAS[extra])
+        if name == "frozen-optax":  # the extras of others are theirs
+            for extra in filter(None, (extras or "").split(",")):
+                names |= declared(EXTRAS[extra])
     return names
 
 
@@ -58,6 +60,8 @@ NEEDS = {
     "benchmarks": [*PROJECT["dependencies"], "frozen-optax", *EXTRAS["benchmarks"]],
     "tests": [*PROJECT["dependencies"], "frozen-optax", *EXTRAS["test"]],
 }
+# Kept apart, as they need more: what each needs, beside what the folder around it needs.
+APART = {"tests/trainers": EXTRAS["trainers"]}
 
 
 @pytest.mark.parametrize("folder", NEEDS)
@@ -65,9 +69,26 @@ def test_every_package_that_is_imported_is_declared(folder):
     known = declared(NEEDS[folder]) | set(sys.stdlib_module_names) | {folder, "benchmarks"}
     for path in (ROOT / folder).rglob("*.py"):
         name = path.relative_to(ROOT).as_posix()
-        siblings = {each.stem for each in path.parent.glob("*.py")}
-        unknown = set(imported(path)) - known - siblings - {OPTIONAL.get(name)}
+        more = declared(APART.get(path.parent.relative_to(ROOT).as_posix(), []))
+        siblings = {each.stem for at in (path.parent, ROOT / folder) for each in at.glob("*.py")}
+        unknown = set(imported(path)) - known - more - siblings - {OPTIONAL.get(name)}
         assert not unknown, name
+
+
+def test_each_trainer_that_is_declared_trains_in_a_test():
+    """And nothing else does: what is not declared would be missing where the stage installs it."""
+    files = {path.stem for path in (ROOT / "tests/trainers").glob("test_*.py")}
+    names = declared(EXTRAS["trainers"]) - {"paramax"}  # of flowjax
+    assert files == {f"test_{name}" for name in names}
+    on_the_page = text("docs/frameworks.md").partition("| package | its loop |")[2]
+    told = on_the_page.partition("\n\n")[0].splitlines()[2:]
+    assert [line.split()[1] for line in told] == sorted(names)
+
+
+def test_trainers_are_tested_by_a_stage_and_not_by_the_ordinary_command():
+    assert "-m pytest -n 2 tests/trainers\n" in text(".ci/run")
+    options = tomllib.loads(text("pyproject.toml"))["tool"]["pytest"]["ini_options"]
+    assert "trainers" in options["norecursedirs"]
 
 
 def test_the_oldest_versions_that_are_allowed_are_tested():
@@ -80,7 +101,7 @@ def test_the_oldest_versions_that_are_allowed_are_tested():
 
 def test_the_workflows_run_stages_that_there_are():
     stages = set(re.findall(r"^    (\w+)\) ", text(".ci/run"), re.M))
-    assert stages == {"oldest", "readme", "newest", "exhaustive", "lint", "wheel"}
+    assert stages == {"oldest", "readme", "newest", "exhaustive", "trainers", "lint", "wheel"}
     workflow = text(".github/workflows/test.yml")
     assert "run: .ci/run ${{ matrix.stage }}" in workflow
     run = set(re.findall(r"stage: \[?(\w+)", workflow))
