@@ -233,7 +233,7 @@ def save_trained(
     Args:
       path: of a directory, or of one in a bucket (`gs://...`), which is made.
       params: a pytree of arrays. What is no array and no number (a function in an Equinox module)
-        is not saved.
+        is not saved. Of a whole state, optimizer and all, what is not frozen is saved in one go.
       frozen: the leaves that were frozen: a glob on their paths (`"encoder"`), a compiled regex, a
         `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, a pytree of bools,
         or the optimizer that `with_frozen` returned.
@@ -248,9 +248,10 @@ def save_trained(
       FileExistsError: there is a checkpoint at `path`, and `overwrite` is not set.
       TypeError: a leaf is traced, or a `jax.ShapeDtypeStruct`; not exactly one of `frozen` and
         `trainable` is given, or it is no way to select leaves.
-      ValueError: there is something else at `path`; nothing is trained; a leaf was donated; a
-        trained and a frozen leaf share a path; one `nnx.Variable` stands at two places; a pattern
-        selects nothing, or a mask does not fit. Nothing is written then.
+      ValueError: there is something else at `path`; no leaf that was trained is an array or a
+        number; a leaf was donated; a trained and a frozen leaf share a path; one `nnx.Variable`
+        stands at two places; a pattern selects nothing, or a mask does not fit. Nothing is written
+        then.
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp, tempfile
@@ -264,10 +265,12 @@ def save_trained(
     _refuse_structs(places, "Save the parameters themselves.")
     trained = [place for place in places if not resolution.selected[place.index]]
     kept = [place for place in places if resolution.selected[place.index]]
-    if not trained:
+    named = named_leaves(where, params)
+    others = [name for index, name in named if not resolution.selected[index]]
+    if others and not trained:  # that all is frozen may be meant
         raise ValueError(
-            f"no array among {len(places)} is trained, so there is nothing to save. Say what is "
-            "trained, as it was said to with_frozen."
+            f"what is trained has no values to save: {quoted(others)}. Say what was trained, as it "
+            "was said to with_frozen."
         )
     both = sorted({place.path for place in trained} & {place.path for place in kept})
     if both:
@@ -333,9 +336,9 @@ def load_trained(
 
     Returns:
       A tree in the structure of `params`. The leaves that were frozen are those of `params`, the
-      very same objects. The trained ones hold the bits that were saved, each with the sharding, or
-      as the array of numpy or the Python number, that it has in `params`. So has all that `where`
-      does not name, and what is no array and no number.
+      very same objects, and so is all that `where` does not name, and what is no array and no
+      number. The trained ones hold the bits that were saved, each with the sharding, or as the
+      array of numpy or the Python number, that it has in `params`. None is weakly typed.
 
     Raises:
       FileNotFoundError: there is nothing at `path`.

@@ -192,10 +192,6 @@ def test_names_that_no_file_may_have_are_kept_apart(tmp_path: Any) -> None:
 def test_every_kind_of_tree_is_loaded_as_it_was_saved(kind: str, tmp_path: Any) -> None:
     make, pattern, _ = CONTAINERS[kind]
     params = jax.tree.map(lambda leaf: leaf + 2 if hasattr(leaf, "dtype") else leaf, make())
-    if not jax.tree.leaves(params):
-        with pytest.raises(ValueError, match="no array among 0 is trained"):
-            fo.save_trained(tmp_path / "saved", params, trainable=pattern)
-        return
     fo.save_trained(tmp_path / "saved", params, trainable=pattern)
     trained = fo.by_path(pattern).mask(params)
     into = jax.tree.map(lambda leaf, yes: zeros_like(leaf) if yes else leaf, params, trained)
@@ -241,6 +237,22 @@ def test_where_names_the_parameters_in_a_state(tmp_path: Any) -> None:
     # Paths are those in the parameters, so these alone are loaded as well.
     alone = fo.load_trained(tmp_path / "saved", state.params)
     assert_same_bits(flat(after.params), flat(alone))
+
+
+def test_a_run_goes_on_bit_for_bit_from_what_was_trained(tmp_path: Any) -> None:
+    tx = fo.with_frozen(optax.adam(0.1), "encoder")
+    apply_fn, zero = Net().apply, jnp.zeros((), "int32")
+    make = lambda: TrainState.create(apply_fn=apply_fn, params=linen_params(0), tx=tx).replace(
+        step=zero
+    )
+    step = jax.jit(linen_step)
+    halfway = step(step(make()))
+    fo.save_trained(tmp_path / "run", halfway, "params/encoder")
+    resumed = fo.load_trained(tmp_path / "run", make())
+    expected, continued = step(step(halfway)), step(step(resumed))
+    assert int(continued.step) == 4
+    fo.assert_trees_bit_identical(expected, continued)
+    fo.assert_frozen(make(), continued, tx, where=lambda state: state.params)
 
 
 def test_an_nnx_model_is_loaded_by_its_state(tmp_path: Any) -> None:
@@ -306,6 +318,13 @@ def test_everything_may_have_been_trained(tmp_path: Any) -> None:
     fo.save_trained(tmp_path / "saved", PARAMS, trainable="**")
     loaded = fo.load_trained(tmp_path / "saved", jax.tree.map(zeros_like, PARAMS))
     np.testing.assert_array_equal(loaded["head"], PARAMS["head"])
+
+
+def test_nothing_may_have_been_trained_if_that_is_said(tmp_path: Any) -> None:
+    fo.save_trained(tmp_path / "saved", PARAMS, fo.with_frozen(optax.adam(0.1), "**"))
+    assert same_objects(PARAMS, fo.load_trained(tmp_path / "saved", PARAMS))
+    with pytest.raises(ValueError, match="1 of 3 frozen leaves have other bits"):
+        fo.load_trained(tmp_path / "saved", ZERO_HEAD)
 
 
 def test_only_what_was_trained_is_on_disk(tmp_path: Any) -> None:
