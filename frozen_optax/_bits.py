@@ -220,7 +220,7 @@ def _traced_of_bits(pattern: Array, dtype: DType) -> Array:
 def _host_of_bits(pattern: np.ndarray, dtype: DType) -> np.ndarray:
     if dtype == jax.dtypes.float0:
         return np.zeros(pattern.shape, dtype)
-    has_one_more_axis = jnp.issubdtype(dtype, jnp.complexfloating) or not _is_word(dtype)
+    has_one_more_axis = np.issubdtype(dtype, np.complexfloating) or not _is_word(dtype)
     shape = pattern.shape[:-1] if has_one_more_axis else pattern.shape
     return np.frombuffer(pattern.tobytes(), dtype).reshape(shape).copy()
 

@@ -37,8 +37,9 @@ _FORMAT = "frozen_optax: trained leaves, 1"
 _PREFIX = "trained_leaves"
 _OURS = re.compile(rf"{_PREFIX}_\d+(\.orbax-checkpoint-tmp.*)?|\..*")  # or hidden, as .DS_Store is
 
-# What Orbax keeps to the bit, from the oldest version that is supported to the newest. All else,
-# as float8_e4m3 and int4 of one version and not of another, is handed to it as unsigned integers.
+# What Orbax keeps to the bit, from the oldest version that is supported to the newest. All else is
+# handed to it as unsigned integers: it refuses uint4 and float8_e4m3 and has int4 and float8_e5m2,
+# which the next version may see another way, and it turns numbers of another byte order around.
 _INTEGERS = {f"{sign}int{width}" for sign in ("", "u") for width in (8, 16, 32, 64)}
 _FLOATS = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
 _AS_IT_IS = frozenset(_INTEGERS | _FLOATS | {"bool"})
@@ -123,10 +124,14 @@ class _Entry:
         return self.digest.rpartition(" ")[0]
 
 
+def _digests(places: Sequence[_Place]) -> list[str]:
+    return digests([(place.path, place.leaf) for place in places])
+
+
 def _entries(places: Sequence[_Place]) -> list[_Entry]:
     found: list[_Entry] = []
     taken: set[str] = set()
-    for place, digest in zip(places, digests([(p.path, p.leaf) for p in places]), strict=True):
+    for place, digest in zip(places, _digests(places), strict=True):
         # Orbax makes directories of slashes, and mixes up `a` and `a/0`; "%" stands for the root.
         quoted_path = urllib.parse.quote(place.path, safe="") or "%"
         numbered = (f"{quoted_path}#{number}" for number in itertools.count(2))
@@ -163,7 +168,10 @@ class _Manifest:
     def of_json(cls, body: dict[str, Any]) -> _Manifest:
         """Raises anything at all where it is none."""
         if body["format"] != _FORMAT:
-            raise ValueError(f"its format is {body['format']!r}, expected {_FORMAT!r}")
+            raise ValueError(
+                f"its format is {body['format']!r}, and this version of frozen_optax reads "
+                f"{_FORMAT!r}"
+            )
         if body.pop("sha256") != _sha256(body):
             raise ValueError("its manifest is not the one that was written")
         return cls([_Entry(**entry) for entry in body["trained"]], body["frozen"])
@@ -174,7 +182,7 @@ def _sha256(body: dict[str, Any]) -> str:
 
 
 def _directory(path: str | os.PathLike[str]) -> str:
-    """An absolute path, which Orbax asks for; a bucket's is one."""
+    """An absolute path, which Orbax asks for; one with a scheme is."""
     text = os.fspath(path)
     return text if "://" in text else os.path.abspath(text)
 
@@ -195,7 +203,7 @@ def _manager(directory: str, *, to_save: bool = False) -> Any:
 
 def _saves(manager: Any) -> list[int]:
     """The numbers of the complete saves in a directory, which has nothing else in it."""
-    root = manager.directory  # of a bucket, too
+    root = manager.directory  # of etils, which knows buckets, too
     if root.exists() and not root.is_dir():
         raise ValueError(
             f"{str(root)!r} is a file, and a checkpoint of save_trained is a directory. Give "
@@ -231,7 +239,7 @@ def save_trained(
     that lies on several; all of them have to call it. It returns when all is written.
 
     Args:
-      path: of a directory, or of one in a bucket (`gs://...`), which is made.
+      path: of a directory, which is made. One with a scheme (`gs://...`) is Orbax's to understand.
       params: a pytree of arrays. What is no array and no number (a function in an Equinox module)
         is not saved. Of a whole state, optimizer and all, what is not frozen is saved in one go.
       frozen: the leaves that were frozen: a glob on their paths (`"encoder"`), a compiled regex, a
@@ -294,10 +302,6 @@ def save_trained(
         if entry.name
     }
     _write(directory, max(saves, default=-1) + 1, manifest, stored)
-
-
-def _digests(places: Sequence[_Place]) -> list[str]:
-    return digests([(place.path, place.leaf) for place in places])
 
 
 def _to_store(leaf: Leaf, as_bits: bool) -> Array:

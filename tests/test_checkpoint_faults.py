@@ -119,7 +119,7 @@ def test_a_manifest_that_was_edited_is_told(saved: Path) -> None:
     manifest.write_text(text.replace("head/w", "head/v"))
     assert "its manifest is not the one that was written" in refused(saved)
     manifest.write_text(text.replace("leaves, 1", "leaves, 9"))
-    assert "its format is 'frozen_optax: trained leaves, 9'" in refused(saved)
+    assert "its format is 'frozen_optax: trained leaves, 9', and this version" in refused(saved)
     manifest.write_text("[]")
     assert "damaged" in refused(saved)
 

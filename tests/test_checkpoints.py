@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -96,6 +97,8 @@ def test_shapes_and_kinds_of_leaves_that_are_not_plain(tmp_path: Any) -> None:
         "nothing": np.zeros(3, jax.dtypes.float0),
         "turned": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
     }
+    if hasattr(ml_dtypes, "complex32"):
+        trained["half complex"] = np.array([1 - 2j, complex(-0.0, np.inf)], ml_dtypes.complex32)
     loaded = carried(tmp_path, trained)
     assert_same_bits(trained, loaded)
     for name, leaf in trained.items():
