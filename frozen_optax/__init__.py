@@ -2,6 +2,7 @@
 
 from frozen_optax._apply_updates import apply_updates
 from frozen_optax._assertions import assert_frozen, assert_trees_bit_identical
+from frozen_optax._checkpoints import load_trained, save_trained
 from frozen_optax._fingerprints import assert_fingerprint, fingerprint, watch_fingerprint
 from frozen_optax._freeze import freeze, freeze_all, freeze_by_path
 from frozen_optax._gradients import grad, value_and_grad, value_and_grad_from_state
@@ -40,11 +41,13 @@ __all__ = [
     "freeze_by_path",
     "grad",
     "jit",
+    "load_trained",
     "nnx_filter",
     "nnx_jit",
     "partition",
     "plan_transfer",
     "restore",
+    "save_trained",
     "stages",
     "summary",
     "transfer_state",

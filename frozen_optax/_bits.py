@@ -193,16 +193,47 @@ def _traced_bits(leaf: Array) -> Array:
     return raw.astype("uint8") if narrow < 8 else raw
 
 
+def _is_word(dtype: DType) -> bool:
+    """Whether an element of numpy's is a number of the machine, and no string of bytes."""
+    return dtype.itemsize in (1, 2, 4, 8) and dtype.isnative and not dtype.names
+
+
 def _host_bits(host: np.ndarray) -> np.ndarray:
     if np.iscomplexobj(host):
         return np.stack([_host_bits(np.real(host)), _host_bits(np.imag(host))], axis=-1)
     host = np.ascontiguousarray(host).reshape(host.shape)
     dtype = host.dtype
-    if dtype.itemsize not in (1, 2, 4, 8) or not dtype.isnative or dtype.names:
+    if not _is_word(dtype):
         return np.frombuffer(host.tobytes(), np.uint8).reshape(*host.shape, dtype.itemsize)
     raw = host.view(f"uint{8 * dtype.itemsize}")
     narrow = width(dtype)  # int4 and its like take a byte each on the host
     return raw & np.uint8(2**narrow - 1) if narrow < 8 else raw
+
+
+def of_bits(pattern: Array, dtype: DType) -> Array:
+    """The array of a dtype whose `bits` these are; keys of random numbers are for jax to wrap."""
+    if jnp.issubdtype(dtype, jnp.integer) and (narrow := width(dtype)) < 8:
+        if jnp.iinfo(dtype).min < 0:  # its sign is its first bit
+            pattern = (pattern << (8 - narrow)).astype(np.int8) >> (8 - narrow)
+        return pattern.astype(dtype)
+    return (_traced_of_bits if is_traced(pattern) else _host_of_bits)(pattern, dtype)
+
+
+def _traced_of_bits(pattern: Array, dtype: DType) -> Array:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        part = jnp.zeros((), dtype).real.dtype
+        return jax.lax.complex(*(_traced_of_bits(pattern[..., i], part) for i in range(2)))
+    if dtype == np.bool_:
+        return pattern.astype(dtype)
+    return jax.lax.bitcast_convert_type(pattern.astype(_UNSIGNED[width(dtype)]), dtype)
+
+
+def _host_of_bits(pattern: np.ndarray, dtype: DType) -> np.ndarray:
+    if dtype == jax.dtypes.float0:
+        return np.zeros(pattern.shape, dtype)
+    has_one_more_axis = np.issubdtype(dtype, np.complexfloating) or not _is_word(dtype)
+    shape = pattern.shape[:-1] if has_one_more_axis else pattern.shape
+    return np.frombuffer(pattern.tobytes(), dtype).reshape(shape).copy()
 
 
 def refuse_untrainable(frozen: Resolution, leaves: Iterable[Leaf]) -> None:

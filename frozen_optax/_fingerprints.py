@@ -99,7 +99,13 @@ def _begin(path: str, leaf: Leaf) -> Array:
     """The sums of a leaf, computed where it is; on a device they are only begun."""
     require_alive(path, leaf)
     if isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
-        return _sums(np.asarray(leaf))
+        host = np.asarray(leaf)
+        if host.dtype.hasobject:  # its bits are addresses, others in each process
+            raise TypeError(
+                f"a fingerprint is of bits, and those of {path!r} are not its own: it is "
+                f"{describe(host)}. Give it a dtype of numbers, or leave it out."
+            )
+        return _sums(host)
     if not isinstance(leaf, jax.Array):
         raise TypeError(
             f"a fingerprint is of arrays, found {describe(leaf)} at {path!r}. Leave it out."
@@ -114,7 +120,8 @@ def _begin(path: str, leaf: Leaf) -> Array:
         return _sums(leaf)
 
 
-def _kind(leaf: Leaf) -> str:
+def kind(leaf: Leaf) -> str:
+    """The dtype and shape of a leaf, as a digest begins with them."""
     leaf = leaf if _bits.is_array(leaf) else np.asarray(leaf)
     # That of a struct has spaces, and a digest is split at them.
     dtype = "".join(str(leaf.dtype).split())
@@ -128,6 +135,13 @@ def _hex(sums: Array) -> str:
 def _sums_of(digest: str) -> np.ndarray:
     """The sums that a digest ends with."""
     return np.array([int(digest[-16:-8], 16), int(digest[-8:], 16)], np.uint32)
+
+
+def digests(leaves: Sequence[tuple[str, Leaf]]) -> list[str]:
+    """The digest of each of some leaves, given with their paths; no value is traced."""
+    begun = [_begin(path, leaf) for path, leaf in leaves]  # all, before the first is waited for
+    sums = jax.device_get(begun)
+    return [f"{kind(leaf)} {_hex(each)}" for (_, leaf), each in zip(leaves, sums, strict=True)]
 
 
 def fingerprint(
@@ -188,11 +202,10 @@ def fingerprint(
                 "of the compiled function; inside of one, under chex.chexify, assert_fingerprint "
                 "compares with one taken before."
             )
-    begun = [_begin(path, leaf) for path, leaf in chosen]  # all, before the first is waited for
     found: dict[str, list[str]] = {}
-    for (path, leaf), sums in zip(chosen, jax.device_get(begun), strict=True):
-        found.setdefault(path, []).append(f"{_kind(leaf)} {_hex(sums)}")
-    return {path: ", ".join(digests) for path, digests in found.items()}
+    for (path, _), digest in zip(chosen, digests(chosen), strict=True):
+        found.setdefault(path, []).append(digest)
+    return {path: ", ".join(entry) for path, entry in found.items()}
 
 
 _Expected: TypeAlias = tuple[str, Leaf, str]  # path, leaf, the digest it should have
@@ -236,17 +249,16 @@ def _expected(tree: PyTree, fingerprint: Mapping[str, str], where: Where | None)
                 f"{', '.join(map(repr, close))}. Pass the tree that it was taken of, the "
                 "parameters and not a state."
             )
-        digests = entry.split(", ")
-        if len(digests) != len(leaves[path]):
+        kept = entry.split(", ")
+        if len(kept) != len(leaves[path]):
             raise ValueError(
-                f"the fingerprint has {len(digests)} leaves at {path!r}, the tree "
-                f"{len(leaves[path])}."
+                f"the fingerprint has {len(kept)} leaves at {path!r}, the tree {len(leaves[path])}."
             )
-        for leaf, digest in zip(leaves[path], digests, strict=True):
+        for leaf, digest in zip(leaves[path], kept, strict=True):
             require_alive(path, leaf)
-            kind, found = digest.rpartition(" ")[0], _kind(leaf)
-            if kind != found:
-                faults.append(Fault(path, f"{kind} became {found}"))
+            was, found = digest.rpartition(" ")[0], kind(leaf)
+            if was != found:
+                faults.append(Fault(path, f"{was} became {found}"))
             expected.append((path, leaf, digest))
     _report(faults, len(expected))
     return expected
@@ -297,8 +309,8 @@ def assert_fingerprint(
     expected = _expected(tree, fingerprint, where)
     sums = [_begin(path, leaf) for path, leaf, _ in expected]
     known = [index for index, each in enumerate(sums) if not is_traced(each)]
-    digests = [(expected[index][0], expected[index][2]) for index in known]
-    _compare(digests, jax.device_get([sums[index] for index in known]))
+    wanted_now = [(expected[index][0], expected[index][2]) for index in known]
+    _compare(wanted_now, jax.device_get([sums[index] for index in known]))
     found: dict[str, Array] = {}
     wanted: dict[str, Array] = {}
     for index, each in enumerate(sums):
@@ -330,16 +342,16 @@ class Watch:
         if self._calls % self._every == 0:
             self.finish()
             expected = _expected(tree, self._fingerprint, self._where)
-            digests = [(path, digest) for path, _, digest in expected]
+            kept = [(path, digest) for path, _, digest in expected]
             sums = [_begin(path, leaf) for path, leaf, _ in expected]
-            self._begun = (self._calls, digests, sums)
+            self._begun = (self._calls, kept, sums)
 
     def finish(self) -> None:
         """Ends the check that has begun; to be called after the last step."""
         if self._begun:
-            (call, digests, sums), self._begun = self._begun, None
+            (call, kept, sums), self._begun = self._begun, None
             try:
-                _compare(digests, jax.device_get(sums))
+                _compare(kept, jax.device_get(sums))
             except AssertionError as error:
                 raise AssertionError(f"at call {call}: {error}") from None
 

@@ -11,6 +11,7 @@ import trying
 from helpers import assert_same_bits
 
 import frozen_optax as fo
+from frozen_optax import _bits
 
 MILLION = 1_000_000
 # -0.0, the least subnormals of both signs, signalling NaNs, a quiet one with a payload, -inf.
@@ -327,3 +328,18 @@ def test_optax_outside_one_jit_loses_subnormals_and_payloads(context, way, leave
                 now_bits[nan], bits[nan] | quiet, err_msg="what they do to signalling NaNs"
             )
     fo.assert_trees_bit_identical(eager(tx, params, tx.init(params))["frozen"], params["frozen"])
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_an_array_is_made_of_its_bits_again(where, x64):
+    found = {name: trying.every_pattern(dtype) for name, dtype in trying.NARROW.items()}
+    found |= {"f4": words(np.float32).view("f4"), "f8": words(np.float64).view("f8")}
+    found |= {"c8": found["f4"].view("c8"), "c16": found["f8"].view("c16"), "b": np.eye(2) == 1}
+    if where == "device":
+        reads = {name: trying.device_reads_bits_of(leaf.dtype) for name, leaf in found.items()}
+        is_plain = lambda name: name in ("f4", "c8", "b") or (x64 and name in ("f8", "c16"))
+        found = {name: leaf for name, leaf in found.items() if reads[name] or is_plain(name)}
+        assert {"int4", "float8_e5m2", "bfloat16", "c8"} <= found.keys()
+    again = lambda leaf: _bits.of_bits(_bits.bits(leaf), np.dtype(leaf.dtype))
+    again = jax.jit(again) if where == "device" else again
+    assert_same_bits(found, {name: np.asarray(again(leaf)) for name, leaf in found.items()})

@@ -162,6 +162,7 @@ def test_the_readme_is_short():
 BLOCKS = {
     "README.md": 1,
     "docs/checks.md": 1,
+    "docs/checkpoints.md": 6,
     "docs/choosing.md": 2,
     "docs/cookbook.md": 11,
     "docs/cost.md": 1,

@@ -228,6 +228,8 @@ def test_what_cannot_be_checked_is_an_error():
         fo.assert_fingerprint(found, tree)
     with pytest.raises(TypeError, match=r"found a leaf of type \w+ at 'f'"):
         fo.fingerprint({"f": jnp.sum}, "**")
+    with pytest.raises(TypeError, match="those of 'o' are not its own: it is a leaf object"):
+        fo.fingerprint({"o": np.array([None, "a"])}, "**")
     with pytest.raises(TypeError, match="bits of 'encoder' are not known while tracing"):
         jax.jit(lambda tree: fo.fingerprint(tree, "**"))(tree)
     tree["encoder"].delete()

@@ -1,7 +1,10 @@
 """What is frozen is said once, to the optimizer; what disagrees is an error with both sides."""
 
 import dataclasses
+import json
 import re
+import tempfile
+from pathlib import Path
 
 import chex
 import jax
@@ -28,6 +31,16 @@ def moved(params):
 
 TX = fo.with_frozen(optax.adamw(0.1), "encoder")
 
+
+def saved(**said):
+    """What a checkpoint says of its leaves."""
+    with tempfile.TemporaryDirectory() as folder:
+        fo.save_trained(f"{folder}/head", make_params(), **said)
+        (manifest,) = Path(folder).glob("head/*/manifest/metadata")
+        body = json.loads(manifest.read_text())
+        return {entry["path"]: entry for entry in body["trained"]}, body["frozen"]
+
+
 ROOMS = {
     "freeze": lambda **said: fo.freeze(**said).update(
         make_params(), optax.EmptyState(), make_params()
@@ -46,6 +59,7 @@ ROOMS = {
     ),
     "assert_frozen": lambda **said: fo.assert_frozen(make_params(), moved(make_params()), **said),
     "fingerprint": lambda **said: fo.fingerprint(make_params(), **said),
+    "save_trained": saved,
     "assert_update_freezes": lambda **said: fo.assert_update_freezes(TX, make_params(), **said),
     "assert_step_freezes": lambda **said: fo.assert_step_freezes(moved, make_params(), **said),
     "summary": lambda **said: str(fo.summary(make_params(), **said)),

@@ -31,5 +31,6 @@ def check(params: Params, anything: Any) -> None:
     assert_type(TX.frozen & ~fo.by_path("encoder/scale"), fo.Selector)
     assert_type(TX.frozen.paths(params), list[str])
     assert_type(fo.fingerprint(params, TX), dict[str, str])
+    assert_type(fo.save_trained("checkpoint", params, TX, overwrite=True), None)
     assert_type(fo.summary(params, TX).trained.parameters, int)
     TX.init(anything)
