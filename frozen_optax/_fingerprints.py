@@ -24,7 +24,7 @@ import numpy as np
 from frozen_optax import _bits
 from frozen_optax._messages import Fault, listed
 from frozen_optax._selection import resolve_frozen
-from frozen_optax._trees import describe, is_traced, require_alive
+from frozen_optax._trees import describe, is_number, is_traced, require_alive
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree, Where
 from frozen_optax._where import named_leaves
 
@@ -169,9 +169,13 @@ def fingerprint(
       >>> before == fo.fingerprint(params | {"encoder": jnp.array([-0.0, 1.0])}, "encoder")
       False
     """
-    selected = resolve_frozen(frozen, trainable, tree, where=where, to_check=True).selected
+    resolution = resolve_frozen(frozen, trainable, tree, where=where, to_check=True)
     leaves = jax.tree.leaves(tree)
-    chosen = [(path, leaves[index]) for index, path in named_leaves(where, tree) if selected[index]]
+    chosen = [
+        (path, leaves[index])
+        for index, path in named_leaves(where, tree)
+        if resolution.selected[index] and resolution.numbers[index]
+    ]
     for path, leaf in chosen:
         if is_traced(leaf):
             raise TypeError(
@@ -216,7 +220,8 @@ def _expected(tree: PyTree, fingerprint: Mapping[str, str], where: Where | None)
     all_leaves = jax.tree.leaves(tree)
     leaves: dict[str, list[Leaf]] = {}
     for index, path in named_leaves(where, tree):
-        leaves.setdefault(path, []).append(all_leaves[index])
+        if is_number(all_leaves[index]):
+            leaves.setdefault(path, []).append(all_leaves[index])
     expected: list[_Expected] = []
     faults: list[Fault] = []
     for path, entry in fingerprint.items():

@@ -189,7 +189,8 @@ def _misfit(resolution: Resolution, params: list[Leaf], value: PyTree, grads: Py
     if value is None or grads is None:
         return "it has none"
     if jax.tree.structure(grads) != resolution.holed:
-        expected = jax.tree.unflatten(resolution.pruned, resolution.rest(params))
+        pruned = resolution.prune(resolution.holed)
+        expected = jax.tree.unflatten(pruned, resolution.rest(params))
         try:
             require_same_structure(grads, expected, "its gradient", "the trainable parameters")
         except ValueError as error:

@@ -48,8 +48,10 @@ def partition(
     leaves = jax.tree.leaves(tree)
 
     def rest(resolution: Resolution) -> PyTree:
-        treedef = resolution.pruned if prune else resolution.holed
-        return jax.tree.unflatten(treedef, resolution.rest(leaves))
+        if prune:
+            return jax.tree.unflatten(resolution.pruned, resolution.rest(leaves))
+        pairs = zip(leaves, resolution.selected, strict=True)
+        return resolution.unflatten(optax.MaskedNode() if gone else leaf for leaf, gone in pairs)
 
     return rest(resolution), rest(resolution.complement)
 
