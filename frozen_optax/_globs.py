@@ -215,7 +215,8 @@ def nearest_paths(
     close = _closest(pattern, regex is None, list(known)) or list(paths[:_MAX_NEAREST])
     hints: list[str] = []
     if search:
-        hints.append("It is searched for in the paths of leaves, which '^' and '$' stand around.")
+        if pattern.startswith("^") or pattern.endswith("$"):
+            hints.append("'^' and '$' are the ends of a leaf's whole path.")
     elif regex is not None and any(map(regex.fullmatch, known)):
         hints.append(
             "A regex has to match the whole path of a leaf: for all below a module write "

@@ -377,20 +377,25 @@ class ByPath(Selector):
 
     def _select(self, view: View) -> np.ndarray:
         selected = np.zeros(len(view.paths), bool)
-        for matcher in self._matchers:
+        for pattern, matcher in zip(self.patterns, self._matchers, strict=True):
             regex = matcher.regex if isinstance(matcher, Glob) else matcher
             match = regex.search if self.search else regex.fullmatch
             matches = np.array([match(path) is not None for path in view.paths], bool)
             if not matches.any() and not self._may_match_unseen(matcher, view):
-                raise ValueError(self._matches_nothing(matcher, view.paths))
+                raise ValueError(self._matches_nothing(pattern, matcher, view.paths))
             selected |= matches
         return selected
 
-    def _matches_nothing(self, matcher: Glob | re.Pattern[str], paths: Sequence[str]) -> str:
+    def _matches_nothing(
+        self,
+        pattern: str | re.Pattern[str],
+        matcher: Glob | re.Pattern[str],
+        paths: Sequence[str],
+    ) -> str:
         if isinstance(matcher, Glob):
-            pattern, nearest = matcher.glob, nearest_paths(matcher.glob, paths, None)
+            nearest = nearest_paths(matcher.glob, paths, None)
         else:
-            pattern, nearest = matcher, nearest_paths(matcher.pattern, paths, matcher, self.search)
+            nearest = nearest_paths(matcher.pattern, paths, matcher, self.search)
         found = f"{ByPath((pattern,), self.search)!r} selects nothing: it matches none of the"
         return f"{found} {len(paths)} leaves. {nearest}".rstrip()
 

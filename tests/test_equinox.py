@@ -152,7 +152,7 @@ def test_a_module_trains_as_its_arrays_do(name, jit):
     assert jax.tree.structure(whole) == jax.tree.structure(train(update, model)[0])
     if name in ("opaque sam", "lbfgs"):  # their functions are of the whole module
         return
-    expected, expected_state = train(eqx.filter_jit(update), arrays(model))
+    expected, expected_state = train(jax.jit(update), arrays(model))
     fo.assert_trees_bit_identical(state, expected_state)
     fo.assert_trees_bit_identical(arrays(whole), expected)
 
