@@ -140,6 +140,8 @@ def fingerprint(
     other change, such as a permutation, goes unseen with odds of about one in 2^64. It is a check
     against accidents: who wants to make two leaves of one digest can.
 
+    Leaves that are no arrays (functions, strings) have no bits, and no digest.
+
     Args:
       tree: a pytree of arrays.
       frozen: the leaves to take it of, `"**"` for all: a glob on their paths (`"encoder"`), a
@@ -155,7 +157,7 @@ def fingerprint(
       JSON. Leaves that share a path share an entry.
 
     Raises:
-      TypeError: a leaf is no array, or traced; the message names the path. Not exactly one of
+      TypeError: a leaf has no values, or is traced; the message names the path. Not exactly one of
         `frozen` and `trainable` is given, or it is no way to select leaves.
       ValueError: nothing is selected, or not by one of several patterns; a mask does not fit; a
         leaf was donated.
