@@ -552,6 +552,9 @@ def jit(
     what the caller gets back, each frozen leaf of the successor is the very object that was passed
     in. It is neither copied, nor dispatched, nor donated.
 
+    A leaf that is no array (a function, a string) is frozen, too, wherever it stands in the first
+    argument. It is a part of the compiled step, which is traced again for another one.
+
     The step has to leave the frozen leaves as they are, or to add nothing but zero to them. That is
     seen when it is traced, and costs a second trace where a frozen leaf comes out as another array
     (as from `optax.apply_updates`). What it makes else of a frozen leaf would be computed and
@@ -586,7 +589,8 @@ def jit(
 
     Raises:
       TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
-        leaves. When called: a leaf is a `jax.Ref`. And whatever `jax.jit` raises.
+        leaves. When called: a leaf is a `jax.Ref`, or is no array and cannot be hashed. And
+        whatever `jax.jit` raises.
       ValueError: the first argument is static. When called: a pattern selects nothing, or a mask
         does not fit; everything is frozen and nobody said so (`"**"`, `True`); the step does not
         return the successor of its first argument, or makes something else of a frozen leaf; a

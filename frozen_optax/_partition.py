@@ -17,6 +17,8 @@ def partition(
 ) -> tuple[PyTree, PyTree]:
     """Splits a tree in two: `combine(*partition(tree, frozen))` is `tree`, the very same leaves.
 
+    A leaf that is no array, beside others that are, goes with the frozen ones.
+
     Args:
       tree: any pytree; `None` stays `None` in both parts.
       frozen: the leaves that are frozen: a glob on their paths (`"encoder"`), a compiled regex, a
