@@ -84,9 +84,10 @@ def value_and_grad(
     """`jax.value_and_grad` with respect to the trainable leaves alone.
 
     Frozen leaves are not differentiated, while tracing and not by the compiler's grace, so they may
-    be of any dtype: integers, bools, PRNG keys need no `allow_int`. A leaf that is no array (a
-    function) is frozen in any case, and has the gradient None. The gradient has the full structure. That of a frozen leaf is zero in its shape and dtype, known to be zero while tracing:
-    `with_frozen` and `apply_updates` do nothing for it.
+    be of any dtype: integers, bools, PRNG keys need no `allow_int`. The gradient has the full
+    structure. That of a frozen leaf is zero in its shape and dtype, known to be zero while tracing:
+    `with_frozen` and `apply_updates` do nothing for it. That of a leaf that is no array (a
+    function), which is frozen in any case, is None.
 
     Args:
       fun: a function of the parameters and other arguments that returns a scalar, as
