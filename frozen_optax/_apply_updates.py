@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen_optax import _bits
-from frozen_optax._trees import describe, is_hole, paths_of, up_to
+from frozen_optax._trees import describe, is_hole, is_number, paths_of, up_to
 from frozen_optax._typing import Leaf, PyTree
 
 
@@ -35,16 +35,12 @@ def _jvp(primals: Sequence[Leaf], tangents: Sequence[Leaf]) -> tuple[Leaf, Leaf]
 _exact_sum = jax.jit(_differentiable_sum)
 
 
-def _is_number(leaf: Leaf) -> bool:
-    return _bits.is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
-
-
 def _apply(param: Leaf, update: Leaf) -> Leaf:
     if update is None or is_hole(update):
         return param
-    if not _is_number(update):
+    if not is_number(update):
         raise TypeError(f"an update is an array, found {describe(update)}")
-    if not _is_number(param):  # a function, which has no shape
+    if not is_number(param):  # a function, which has no shape
         if _bits.is_known_zero(update):
             return param
         raise TypeError(f"{describe(param)} cannot be added to")

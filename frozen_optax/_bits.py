@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from frozen_optax._trees import Resolution, describe, is_hole, is_traced
+from frozen_optax._trees import Resolution, describe, is_hole, is_number, is_traced
 from frozen_optax._typing import Array, DType, Leaf
 
 _UNSIGNED = {4: "uint4", 8: "uint8", 16: "uint16", 32: "uint32", 64: "uint64"}
@@ -31,7 +31,8 @@ def is_array(leaf: Leaf) -> bool:
 
     So have arrays of jax and numpy, tracers, and `jax.ShapeDtypeStruct`.
     """
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    # A type is no array, though np.float32 has a shape and a dtype.
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def width(dtype: DType) -> int:
@@ -101,11 +102,11 @@ def known_zero(leaf: Leaf) -> Leaf:
     It is a numpy array in the shape and dtype of `leaf` that holds one number, broadcast, so it
     takes no memory, optax can compute with it, and `is_known_zero` sees it for what it is. A dtype
     without an additive identity gets `float0`, jax's tangent of what cannot be differentiated; a
-    leaf that is no array gets a hole. A leaf of symbolic shape gets an array of jax, as numpy has
-    no such shapes.
+    leaf that is no array gets None, as `eqx.apply_updates` has it. A leaf of symbolic shape gets an
+    array of jax, as numpy has no such shapes.
     """
-    if not is_array(leaf):
-        return optax.MaskedNode()
+    if not (is_array(leaf) and is_number(leaf)):
+        return None
     if all(isinstance(length, int) for length in leaf.shape):
         # It cannot be written to, so all leaves of a shape share it.
         return _broadcast_zero(leaf.shape, leaf.dtype)
@@ -239,11 +240,10 @@ def _host_of_bits(pattern: np.ndarray, dtype: DType) -> np.ndarray:
 def refuse_untrainable(frozen: Resolution, leaves: Iterable[Leaf]) -> None:
     """Raise for a leaf that is to be trained and is no number."""
     for path, is_frozen, leaf in zip(frozen.paths, frozen.selected, leaves, strict=True):
-        if not (is_frozen or is_array(leaf) or isinstance(leaf, (bool, int, float, complex))):
+        if not (is_frozen or is_number(leaf)):
             raise TypeError(
-                f"the trainable leaf {path!r} is no array but {describe(leaf)}. Freeze it, or "
-                "leave it out of the parameters: with Equinox, "
-                "eqx.filter(model, eqx.is_inexact_array)."
+                f"the trainable leaf {path!r} is no array but {describe(leaf)}, and there is no "
+                "array beside it. Pass the parameters."
             )
 
 

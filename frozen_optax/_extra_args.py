@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from frozen_optax import _bits
-from frozen_optax._trees import Resolution, is_hole
+from frozen_optax._trees import Resolution, is_hole, is_number
 from frozen_optax._typing import Array, Leaf, PyTree
 
 
@@ -70,6 +70,10 @@ def _is_tangent(resolution: Resolution, params: list[Leaf], tree: PyTree) -> boo
             if not frozen:
                 return False
             continue
+        if not (is_number(param) and is_number(piece)):
+            if piece is not param:
+                return False
+            continue
         shape, expected = jnp.shape(piece), jnp.shape(param)
         batch_axes = len(shape) - len(expected)
         if batch_axes < 0 or shape[batch_axes:] != expected:
@@ -77,7 +81,9 @@ def _is_tangent(resolution: Resolution, params: list[Leaf], tree: PyTree) -> boo
     return True
 
 
-def _zero_tangent(leaf: Leaf) -> Array:
+def _zero_tangent(leaf: Leaf) -> Array | None:
+    if not is_number(leaf):
+        return None
     if _bits.is_differentiable(leaf):
         return jnp.zeros_like(leaf)
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0)

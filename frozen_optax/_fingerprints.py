@@ -24,7 +24,7 @@ import numpy as np
 from frozen_optax import _bits
 from frozen_optax._messages import Fault, listed
 from frozen_optax._selection import resolve_frozen
-from frozen_optax._trees import describe, is_traced, require_alive
+from frozen_optax._trees import describe, is_number, is_traced, require_alive
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree, Where
 from frozen_optax._where import named_leaves
 
@@ -163,6 +163,8 @@ def fingerprint(
     other change, such as a permutation, goes unseen with odds of about one in 2^64. It is a check
     against accidents: who wants to make two leaves of one digest can.
 
+    Leaves that are no arrays (functions, strings) have no bits, and no digest.
+
     Args:
       tree: a pytree of arrays.
       frozen: the leaves to take it of, `"**"` for all: a glob on their paths (`"encoder"`), a
@@ -178,7 +180,7 @@ def fingerprint(
       JSON. Leaves that share a path share an entry.
 
     Raises:
-      TypeError: a leaf is no array, or traced; the message names the path. Not exactly one of
+      TypeError: a leaf has no values, or is traced; the message names the path. Not exactly one of
         `frozen` and `trainable` is given, or it is no way to select leaves.
       ValueError: nothing is selected, or not by one of several patterns; a mask does not fit; a
         leaf was donated.
@@ -192,9 +194,13 @@ def fingerprint(
       >>> before == fo.fingerprint(params | {"encoder": jnp.array([-0.0, 1.0])}, "encoder")
       False
     """
-    selected = resolve_frozen(frozen, trainable, tree, where=where, to_check=True).selected
+    resolution = resolve_frozen(frozen, trainable, tree, where=where, to_check=True)
     leaves = jax.tree.leaves(tree)
-    chosen = [(path, leaves[index]) for index, path in named_leaves(where, tree) if selected[index]]
+    chosen = [
+        (path, leaves[index])
+        for index, path in named_leaves(where, tree)
+        if resolution.selected[index] and resolution.numbers[index]
+    ]
     for path, leaf in chosen:
         if is_traced(leaf):
             raise TypeError(
@@ -238,7 +244,8 @@ def _expected(tree: PyTree, fingerprint: Mapping[str, str], where: Where | None)
     all_leaves = jax.tree.leaves(tree)
     leaves: dict[str, list[Leaf]] = {}
     for index, path in named_leaves(where, tree):
-        leaves.setdefault(path, []).append(all_leaves[index])
+        if is_number(all_leaves[index]):
+            leaves.setdefault(path, []).append(all_leaves[index])
     expected: list[_Expected] = []
     faults: list[Fault] = []
     for path, entry in fingerprint.items():

@@ -193,8 +193,17 @@ def _closest(pattern: str, is_glob: bool, known: Sequence[str]) -> list[str]:
     return likely[:_MAX_NEAREST]
 
 
-def nearest_paths(pattern: str, paths: Sequence[str], regex: re.Pattern[str] | None) -> str:
-    """Paths of leaves and modules that look like `pattern`, as the end of an error message."""
+def nearest_paths(
+    pattern: str, paths: Sequence[str], regex: re.Pattern[str] | None, search: bool = False
+) -> str:
+    """Paths of leaves and modules that look like `pattern`, as the end of an error message.
+
+    Args:
+      pattern: a glob, or the text of a regex.
+      paths: of the leaves.
+      regex: the pattern, if it is one.
+      search: whether it is one that need not match a whole path.
+    """
     split = [path.split("/") for path in paths]
     known: dict[str, None] = {}
     deepest = max(map(len, split), default=0)
@@ -205,7 +214,10 @@ def nearest_paths(pattern: str, paths: Sequence[str], regex: re.Pattern[str] | N
     below = [path for path in known if path.endswith("/" + pattern)]
     close = _closest(pattern, regex is None, list(known)) or list(paths[:_MAX_NEAREST])
     hints: list[str] = []
-    if regex is not None and any(map(regex.fullmatch, known)):
+    if search:
+        if pattern.startswith("^") or pattern.endswith("$"):
+            hints.append("'^' and '$' are the ends of a leaf's whole path.")
+    elif regex is not None and any(map(regex.fullmatch, known)):
         hints.append(
             "A regex has to match the whole path of a leaf: for all below a module write "
             f"{pattern + '/.*'!r}."

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from frozen_optax import _bits
+from frozen_optax._messages import quoted
 from frozen_optax._selection import frozen_selector
 from frozen_optax._selectors import resolve
 from frozen_optax._trees import (
@@ -24,6 +25,9 @@ from frozen_optax._trees import (
 )
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree
 from frozen_optax._variables import refuse_changed
+
+# The collection of fp8's scales and histories, as `flax.linen.fp8_ops` calls it.
+_OVERWRITTEN = "_overwrite_with_gradient"
 
 
 def _gradient(
@@ -42,6 +46,21 @@ def _refuse_undifferentiable(resolution: Resolution, leaves: list[Leaf]) -> None
             raise TypeError(
                 f"cannot differentiate by the trainable leaf {path!r}, {describe(leaf)}. Freeze it."
             )
+
+
+def _refuse_overwritten(resolution: Resolution) -> None:
+    """Raise for a frozen leaf of Flax's that is overwritten with its gradient.
+
+    That is how fp8 scales are carried on: `TrainState.apply_gradients` puts the gradient in their
+    place, and the zero of a frozen leaf would be one.
+    """
+    overwritten = [path for path in resolution.chosen if _OVERWRITTEN in path.split("/")]
+    if overwritten:
+        raise ValueError(
+            f"the frozen leaves {quoted(overwritten)} are of the kind that Flax overwrites with "
+            "their gradients, which would make them zero. They follow the data and are no weights: "
+            "select among the others, 'params/encoder' for 'encoder'."
+        )
 
 
 def _as_places(argnums: Any) -> tuple[bool, tuple[int, ...]]:
@@ -67,7 +86,8 @@ def value_and_grad(
     Frozen leaves are not differentiated, while tracing and not by the compiler's grace, so they may
     be of any dtype: integers, bools, PRNG keys need no `allow_int`. The gradient has the full
     structure. That of a frozen leaf is zero in its shape and dtype, known to be zero while tracing:
-    `with_frozen` and `apply_updates` do nothing for it.
+    `with_frozen` and `apply_updates` do nothing for it. That of a leaf that is no array (a
+    function), which is frozen in any case, is None.
 
     Args:
       fun: a function of the parameters and other arguments that returns a scalar, as
@@ -92,7 +112,8 @@ def value_and_grad(
         leaves. When called: `argnums` names an argument that is not given by position; a trainable
         leaf is no float or complex number. The message names it.
       ValueError: when called: a pattern selects nothing, or a mask does not fit; everything is
-        frozen and nobody said so (`"**"`, `True`); `argnums` names an argument twice.
+        frozen and nobody said so (`"**"`, `True`); `argnums` names an argument twice; a frozen leaf
+        is one that Flax overwrites with its gradient.
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp
@@ -120,6 +141,7 @@ def value_and_grad(
 
         for resolution, each in zip(resolutions, leaves, strict=True):
             _refuse_undifferentiable(resolution, each)
+            _refuse_overwritten(resolution)
 
         def of_trainable(*trained: list[Leaf]) -> Any:
             whole = list(args)
@@ -189,7 +211,8 @@ def _misfit(resolution: Resolution, params: list[Leaf], value: PyTree, grads: Py
     if value is None or grads is None:
         return "it has none"
     if jax.tree.structure(grads) != resolution.holed:
-        expected = jax.tree.unflatten(resolution.pruned, resolution.rest(params))
+        pruned = resolution.prune(resolution.holed)
+        expected = jax.tree.unflatten(pruned, resolution.rest(params))
         try:
             require_same_structure(grads, expected, "its gradient", "the trainable parameters")
         except ValueError as error:

@@ -17,11 +17,10 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, overload
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar, overload
 
 import jax
 
-from frozen_optax._bits import is_array
 from frozen_optax._messages import quoted
 from frozen_optax._placement import buffers, elsewhere, refuse_shared, target_of
 from frozen_optax._rows import (
@@ -41,8 +40,10 @@ from frozen_optax._trees import (
     describe,
     is_hole,
     is_mutable,
+    is_number,
     is_traced,
     leaves_if,
+    objects_among,
     paths_of,
     require_alive,
 )
@@ -51,6 +52,9 @@ from frozen_optax._variables import refuse_tied
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Leaves that are no numbers; to jax they are static.
+Objects: TypeAlias = tuple[Leaf, ...]
 
 _MAX_MOVED = 3  # leaves named in a warning
 
@@ -64,16 +68,17 @@ class _Stored:
     Attributes:
       asked: what `jit` was asked for.
       jitted: the function of rows under `jax.jit`.
-      sharded: the same with shardings of the first argument, for each resolution.
-      last: which leaves were frozen in the last call.
+      sharded: the same with shardings of the first argument, for each resolution and what is
+        static in it.
+      last: which leaves were frozen in the last call, and those of them that are no numbers.
       checked: the same, of the last call of which all was looked at.
       has_told: whether it was told of leaves that are moved at each call.
     """
 
     asked: Asked
     jitted: Compiled
-    sharded: dict[Resolution, Compiled] = dataclasses.field(default_factory=dict)
-    last: Resolution | None = None
+    sharded: dict[tuple[Resolution, Objects], Compiled] = dataclasses.field(default_factory=dict)
+    last: tuple[Resolution, Objects] | None = None
     checked: Resolution | None = None
     has_told: bool = False
 
@@ -102,19 +107,23 @@ def _in_shardings(asked: Asked, resolution: Resolution) -> list[PyTree]:
     return by_leaf
 
 
-def _jitted_for(step: _Stored, resolution: Resolution) -> Compiled:
+def _jitted_for(step: _Stored, frozen: InputRow) -> Compiled:
     """The function of rows under `jax.jit`.
 
     Shardings are said of a tree, and jax needs them of rows, which depend on what is frozen. So
-    with shardings of the first argument there is one function for each resolution.
+    with shardings of the first argument there is one function for each kind of row.
     """
     said = step.asked.options.get("in_shardings")
     if not isinstance(said, (tuple, list)) or not said:
         return step.jitted
-    if resolution not in step.sharded:
-        of_first = partition_rows(resolution, _in_shardings(step.asked, resolution))
-        step.sharded[resolution] = compile_rows(step.asked, in_shardings=(*of_first, *said[1:]))
-    return step.sharded[resolution]
+    key = frozen.resolution, frozen.objects
+    if key not in step.sharded:
+        by_leaf = _in_shardings(step.asked, frozen.resolution)
+        for index, leaf in zip(frozen.resolution.objects, frozen.objects, strict=True):
+            by_leaf[index] = leaf  # it has no sharding, and is a part of the row
+        of_first = partition_rows(frozen.resolution, by_leaf)
+        step.sharded[key] = compile_rows(step.asked, in_shardings=(*of_first, *said[1:]))
+    return step.sharded[key]
 
 
 # --- a call
@@ -131,8 +140,7 @@ class _Call(NamedTuple):
 
 def _refuse_unfit(asked: Asked, first: PyTree) -> None:
     """Raise for a first argument that no compiled step can take and hand back."""
-    is_number = is_array(first) or isinstance(first, (bool, int, float, complex))
-    if jax.tree_util.all_leaves([first]) and not is_number:
+    if jax.tree_util.all_leaves([first]) and not is_number(first):
         raise TypeError(
             f"{asked.name} takes the parameters as its first argument, found {describe(first)}. If "
             "that is the self of a method, compile the bound method: "
@@ -166,15 +174,47 @@ def _in_rows(step: _Stored, args: Sequence[Any], kwargs: dict[str, Any]) -> _Cal
     """The arguments with the first in rows. This is the path of every call: it has to be short."""
     args, kwargs = _first_by_position(step.asked, args, kwargs)
     first = args[0]
-    resolution = step.last  # in training the next tree is like the last one
+    resolution, objects = step.last or (None, ())  # in training the next tree is like the last one
     leaves = leaves_if(resolution.treedef, first) if resolution else None
+    if leaves is not None and objects and not _has_objects(resolution, leaves, objects):
+        leaves = None
     if resolution is None or leaves is None:
         leaves = jax.tree.leaves(first)
         _refuse_unfit(step.asked, first)
         resolution = resolve(step.asked.selector, first, to_train=True)
+        objects = tuple(leaves[index] for index in resolution.objects)
+        _refuse_unhashable(resolution, objects)
         # What hangs on values may be another choice for the next tree of this structure.
-        step.last = None if reads(step.asked.selector) is Reads.VALUES else resolution
+        step.last = None if reads(step.asked.selector) is Reads.VALUES else (resolution, objects)
     return _Call(*partition_rows(resolution, leaves), args[1:], kwargs)
+
+
+def _has_objects(resolution: Resolution | None, leaves: Sequence[Leaf], objects: Objects) -> bool:
+    """Whether these are the leaves that are no numbers, at their places."""
+    assert resolution is not None  # which knows the places
+    places = resolution.objects
+    return all(leaves[index] is last for index, last in zip(places, objects, strict=True))
+
+
+def _refuse_unhashable(resolution: Resolution, objects: Objects) -> None:
+    for index, leaf in zip(resolution.objects, objects, strict=True):
+        try:
+            hash(leaf)
+        except TypeError:
+            raise TypeError(
+                f"the leaf {resolution.paths[index]!r} is {describe(leaf)}, no array of numbers, "
+                "so it is a part of the compiled step, and cannot be hashed, which tells whether "
+                "to compile anew. Leave it out of the first argument, or give its class __hash__ "
+                "and __eq__."
+            ) from None
+
+
+def _is_outdated(step: _Stored, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a leaf is no number any more that was one in the last call, of the same structure."""
+    if step.last is None:
+        return False
+    leaves = jax.tree.leaves(_first_by_position(step.asked, args, kwargs)[0][0])
+    return objects_among(leaves) != step.last[0].objects
 
 
 def _with_rows(
@@ -191,6 +231,10 @@ def _with_rows(
     try:
         return run(_in_rows(step, args, kwargs))
     except Outdated:
+        step.last = None
+    except TypeError:  # of jax, for what it cannot take
+        if not _is_outdated(step, args, kwargs):
+            raise
         step.last = None
     try:
         return run(_in_rows(step, args, kwargs))
@@ -236,7 +280,7 @@ def _explain(asked: Asked, call: _Call, skipped: set[int], error: Exception) -> 
 
 def _run(
     step: _Stored,
-    compiled_for: Callable[[Resolution], Compiled],
+    compiled_for: Callable[[InputRow], Compiled],
     args: Sequence[Any],
     kwargs: dict[str, Any],
     skipped: set[int],
@@ -247,7 +291,7 @@ def _run(
         resolution = call.frozen.resolution
         if resolution is not step.checked:
             _look_once(step, call, skipped)
-        compiled = compiled_for(resolution)
+        compiled = compiled_for(call.frozen)
         try:
             returned = compiled(call.frozen, call.others, *call.args, **call.kwargs)
         # A ValueError comes from a step that was compiled ahead of time.
@@ -301,7 +345,7 @@ def _refuse_other_shardings(step: _Stored, call: _Call) -> None:
                     "(jax.device_put), or say None of it."
                 )
 
-    jitted = _jitted_for(step, call.frozen.resolution)
+    jitted = _jitted_for(step, call.frozen)
     result = jitted.eval_shape(call.frozen, call.others, *call.args, **call.kwargs)
     jax.tree.map(compare, said, result, is_leaf=lambda node: node is None)
 
@@ -366,10 +410,10 @@ def _stage(step: _Stored, method: str, args: Sequence[Any], kwargs: dict[str, An
     """What a method of the function under `jax.jit` makes of the arguments: `trace` or `lower`."""
 
     def run(call: _Call) -> Stage:
-        resolution = call.frozen.resolution
-        make = getattr(_jitted_for(step, resolution), method)
+        make = getattr(_jitted_for(step, call.frozen), method)
         stage = make(call.frozen, call.others, *call.args, **call.kwargs)
-        return Stage(stage, functools.partial(_run_compiled, step, resolution))
+        expected = call.frozen.resolution, call.frozen.objects
+        return Stage(stage, functools.partial(_run_compiled, step, *expected))
 
     return _with_rows(step, run, args, kwargs)
 
@@ -377,6 +421,7 @@ def _stage(step: _Stored, method: str, args: Sequence[Any], kwargs: dict[str, An
 def _run_compiled(
     step: _Stored,
     expected: Resolution,
+    objects: Objects,
     compiled: Compiled,
     args: Sequence[Any],
     kwargs: dict[str, Any],
@@ -385,7 +430,14 @@ def _run_compiled(
     if reads(step.asked.selector) is not Reads.STRUCTURE:
         step.last = None  # nothing is traced, which would tell that other leaves are frozen
 
-    def compiled_for(resolution: Resolution) -> Compiled:
+    def compiled_for(frozen: InputRow) -> Compiled:
+        resolution = frozen.resolution
+        if resolution == expected and frozen.objects != objects:
+            pairs = zip(resolution.objects, frozen.objects, objects, strict=True)
+            changed = [resolution.paths[index] for index, leaf, was in pairs if leaf != was]
+            raise TypeError(
+                f"this step was compiled for other leaves that are no arrays: {quoted(changed)}."
+            )
         if resolution != expected:
             raise TypeError(
                 "this step was compiled for a first argument of another structure, or in which "
@@ -441,10 +493,10 @@ class Step(Generic[P, R]):
         step = self._stored
 
         def run(call: _Call) -> Any:
-            jitted = _jitted_for(step, call.frozen.resolution)
+            jitted = _jitted_for(step, call.frozen)
             returned = jitted.eval_shape(call.frozen, call.others, *call.args, **call.kwargs)
-            frozen = jax.eval_shape(lambda leaves: leaves, call.frozen.leaves)
-            return _result(step, frozen, returned)
+            frozen = jax.eval_shape(lambda row: row, call.frozen)
+            return _result(step, frozen.leaves, returned)
 
         return _with_rows(step, run, args, kwargs)
 
@@ -500,6 +552,9 @@ def jit(
     what the caller gets back, each frozen leaf of the successor is the very object that was passed
     in. It is neither copied, nor dispatched, nor donated.
 
+    A leaf that is no array (a function, a string) is frozen, too, wherever it stands in the first
+    argument. It is a part of the compiled step, which is traced again for another one.
+
     The step has to leave the frozen leaves as they are, or to add nothing but zero to them. That is
     seen when it is traced, and costs a second trace where a frozen leaf comes out as another array
     (as from `optax.apply_updates`). What it makes else of a frozen leaf would be computed and
@@ -534,7 +589,8 @@ def jit(
 
     Raises:
       TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
-        leaves. When called: a leaf is a `jax.Ref`. And whatever `jax.jit` raises.
+        leaves. When called: a leaf is a `jax.Ref`, or is no array and cannot be hashed. And
+        whatever `jax.jit` raises.
       ValueError: the first argument is static. When called: a pattern selects nothing, or a mask
         does not fit; everything is frozen and nobody said so (`"**"`, `True`); the step does not
         return the successor of its first argument, or makes something else of a frozen leaf; a

@@ -17,6 +17,8 @@ def partition(
 ) -> tuple[PyTree, PyTree]:
     """Splits a tree in two: `combine(*partition(tree, frozen))` is `tree`, the very same leaves.
 
+    A leaf that is no array, beside others that are, goes with the frozen ones.
+
     Args:
       tree: any pytree; `None` stays `None` in both parts.
       frozen: the leaves that are frozen: a glob on their paths (`"encoder"`), a compiled regex, a
@@ -48,8 +50,10 @@ def partition(
     leaves = jax.tree.leaves(tree)
 
     def rest(resolution: Resolution) -> PyTree:
-        treedef = resolution.pruned if prune else resolution.holed
-        return jax.tree.unflatten(treedef, resolution.rest(leaves))
+        if prune:
+            return jax.tree.unflatten(resolution.pruned, resolution.rest(leaves))
+        pairs = zip(leaves, resolution.selected, strict=True)
+        return resolution.unflatten(optax.MaskedNode() if gone else leaf for leaf, gone in pairs)
 
     return rest(resolution), rest(resolution.complement)
 

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, SupportsIndex
 
+import jax
 import numpy as np
 
 from frozen_optax._messages import quoted
 from frozen_optax._selectors import Reads, Selector, name_of
-from frozen_optax._trees import View, keystr
+from frozen_optax._trees import View, is_number, keystr
 from frozen_optax._typing import Leaf
 
 
@@ -59,7 +60,8 @@ class ByPredicate(Selector):
 
     def _select(self, view: View) -> np.ndarray:
         selected = []
-        for path, arguments in zip(view.paths, self._arguments(view), strict=True):
+        leaves = jax.tree.leaves(view.tree)
+        for path, leaf, arguments in zip(view.paths, leaves, self._arguments(view), strict=True):
             try:
                 answer = self.predicate(*arguments)
             except _TakenForKeys:
@@ -69,6 +71,9 @@ class ByPredicate(Selector):
                     "frozen=nnx.All(filter). If not, split the path: path.split('/')[0]."
                 ) from None
             except AttributeError as error:
+                if not is_number(leaf):  # which has no shape to be asked about
+                    selected.append(False)
+                    continue
                 raise TypeError(
                     f"{self!r} failed at {path!r}: {error}. A predicate sees a leaf's shape and "
                     "dtype, not its values; a function that needs values goes through by_mask."

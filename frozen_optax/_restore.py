@@ -7,7 +7,7 @@ import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._selection import resolve_frozen
-from frozen_optax._trees import describe, is_traced, require_alive
+from frozen_optax._trees import describe, is_hole, is_number, is_traced, require_alive
 from frozen_optax._typing import Frozen, Leaf, PyTree, Where
 from frozen_optax._variables import refuse_live
 from frozen_optax._where import counterparts, named_leaves
@@ -27,7 +27,8 @@ def _differs(leaf: Leaf, reference: Leaf) -> str | None:
     if are_arrays and not isinstance(reference, jax.ShapeDtypeStruct):
         fits = leaf.shape == reference.shape and leaf.dtype == reference.dtype
     else:
-        fits = type(leaf) is type(reference)
+        are_objects = not (is_number(leaf) or is_number(reference))  # one is as good as another
+        fits = are_objects or type(leaf) is type(reference)
     if not fits:
         return f"found {describe(reference)}, expected {describe(leaf)}"
     here, there = _sharding(leaf), _sharding(reference)
@@ -90,6 +91,8 @@ def restore(
     for (index, path), kept in zip(named_leaves(where, params), references, strict=True):
         if not resolution.selected[index]:
             continue
+        if not resolution.numbers[index] and (kept is None or is_hole(kept)):
+            continue  # a reference of arrays alone
         require_alive(path, kept)
         if difference := _differs(leaves[index], kept):
             raise ValueError(

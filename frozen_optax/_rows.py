@@ -25,7 +25,11 @@ from frozen_optax._typing import Leaf, PyTree, TreeDef
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class InputRow:
-    """The frozen leaves of a tree, or the others. To jax each is known by its path."""
+    """The frozen leaves of a tree, or the others. To jax each is known by its path.
+
+    Frozen leaves that are no numbers are no leaves to jax. They are static, so another one is
+    another program.
+    """
 
     leaves: Sequence[Leaf]
     is_frozen: bool
@@ -36,16 +40,39 @@ class InputRow:
         """The paths of the leaves."""
         return self.resolution.chosen if self.is_frozen else self.resolution.complement.chosen
 
+    @property
+    def objects(self) -> tuple[Leaf, ...]:
+        """The leaves that are no numbers."""
+        if not (self.is_frozen and self.resolution.objects):
+            return ()
+        return tuple(self.leaves[index] for index in self.resolution.objects_among_chosen)
+
+    def _numbers(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """Those of some things, one for each leaf, that belong to numbers."""
+        if not (self.is_frozen and self.resolution.objects):
+            return leaves
+        return tuple(itertools.compress(leaves, self.resolution.numbers_among_chosen))
+
     def tree_flatten_with_keys(self) -> tuple[Iterable[Any], Any]:
-        keys = map(jax.tree_util.DictKey, self.paths)
-        return tuple(zip(keys, self.leaves, strict=True)), (self.is_frozen, self.resolution)
+        leaves, static = self.tree_flatten()
+        keys = map(jax.tree_util.DictKey, self._numbers(self.paths))
+        return tuple(zip(keys, leaves, strict=True)), static
 
     def tree_flatten(self) -> tuple[Sequence[Leaf], Any]:
-        return self.leaves, (self.is_frozen, self.resolution)
+        return self._numbers(self.leaves), (self.is_frozen, self.resolution, self.objects)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[bool, Resolution], leaves: Sequence[Leaf]) -> InputRow:
-        return cls(leaves, *static)
+    def tree_unflatten(
+        cls, static: tuple[bool, Resolution, tuple[Leaf, ...]], leaves: Sequence[Leaf]
+    ) -> InputRow:
+        is_frozen, resolution, objects = static
+        if objects:
+            numbers, others = iter(leaves), iter(objects)
+            leaves = [
+                next(numbers if is_number else others)
+                for is_number in resolution.numbers_among_chosen
+            ]
+        return cls(leaves, is_frozen, resolution)
 
 
 def partition_leaves(
@@ -118,19 +145,30 @@ class OutputRow:
 
 
 def leave_out(
-    result: PyTree, successor: Sequence[tuple[int, int]], resolution: Resolution
+    result: PyTree,
+    successor: Sequence[tuple[int, int]],
+    resolution: Resolution,
+    objects: Sequence[Leaf],
 ) -> tuple[list[Leaf], TreeDef]:
     """The leaves and holes of a result, a `Kept` for each frozen leaf, and the result's structure.
 
-    `successor` tells which leaf of the result is the successor of which leaf of the first argument.
+    Args:
+      result: what a step returns.
+      successor: which leaf of it is the successor of which leaf of the first argument.
+      resolution: which leaves of the first argument are frozen.
+      objects: those of them that are no numbers.
     """
     frozen = itertools.compress(range(len(resolution.selected)), resolution.selected)
     among_frozen = {leaf: index for index, leaf in enumerate(frozen)}
+    # What is no number is frozen wherever it stands in the first argument.
+    is_object = {id(objects[at]): index for at, index in enumerate(resolution.objects_among_chosen)}
     nodes, treedef = jax.tree.flatten(result, is_leaf=is_hole)
     places_of_leaves = [place for place, node in enumerate(nodes) if not is_hole(node)]
     for ours, theirs in successor:
         if ours in among_frozen:
             nodes[places_of_leaves[theirs]] = Kept(among_frozen[ours])
+    if is_object:
+        nodes = [Kept(is_object[id(n)]) if id(n) in is_object else n for n in nodes]
     return nodes, treedef
 
 

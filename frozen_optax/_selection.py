@@ -30,7 +30,9 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def by_path(*patterns: str | re.Pattern[str] | Sequence[str | re.Pattern[str]]) -> Selector:
+def by_path(
+    *patterns: str | re.Pattern[str] | Sequence[str | re.Pattern[str]], search: bool = False
+) -> Selector:
     """The leaves whose path matches one of the patterns.
 
     A `str` is a glob, read segment by segment: `*`, `?`, `[...]` and `[!...]` stay within a
@@ -41,6 +43,8 @@ def by_path(*patterns: str | re.Pattern[str] | Sequence[str | re.Pattern[str]]) 
     Args:
       *patterns: globs or compiled regexes, at least one; lists of them are taken as if they stood
         one by one.
+      search: whether all of them are regexes, given as a `str` or compiled, and each is to be found
+        anywhere in a path, as by `re.search`: what configuration files hold.
 
     Returns:
       A `Selector`. Each pattern has to select something in every tree it is used on (`**` and `*`
@@ -48,8 +52,8 @@ def by_path(*patterns: str | re.Pattern[str] | Sequence[str | re.Pattern[str]]) 
 
     Raises:
       TypeError: a pattern is neither a `str` nor a compiled regex.
-      ValueError: a glob cannot be read; the message says how to write it. When used on a tree: a
-        pattern selects nothing.
+      ValueError: a glob cannot be read, and the message says how to write it, or with `search` a
+        regex. When used on a tree: a pattern selects nothing.
 
     Example:
       >>> import frozen_optax as fo
@@ -58,6 +62,8 @@ def by_path(*patterns: str | re.Pattern[str] | Sequence[str | re.Pattern[str]]) 
       ['encoder/layer_1', 'encoder/layer_10']
       >>> fo.by_path("encoder/layer_1", "*_norm").paths(params)
       ['encoder/layer_1', 'encoder_norm']
+      >>> fo.by_path([".*enc.*1$", "norm"], search=True).paths(params)
+      ['encoder/layer_1', 'encoder_norm']
     """
     listed = (given if isinstance(given, (list, tuple)) else [given] for given in patterns)
     one_by_one: tuple[Any, ...] = tuple(itertools.chain.from_iterable(listed))
@@ -65,7 +71,7 @@ def by_path(*patterns: str | re.Pattern[str] | Sequence[str | re.Pattern[str]]) 
         raise ValueError(
             "by_path() needs at least one pattern. To select nothing write by_mask(False)."
         )
-    return ByPath(one_by_one)
+    return ByPath(one_by_one, search)
 
 
 def by_mask(mask_or_fn: PyTree | Callable[[PyTree], PyTree]) -> Selector:

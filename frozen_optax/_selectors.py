@@ -15,6 +15,7 @@ import abc
 import dataclasses
 import enum
 import functools
+import itertools
 import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from frozen_optax._trees import (
     Resolution,
     View,
     describe,
+    is_inexact_array,
+    objects_among,
     spec,
 )
 from frozen_optax._typing import Leaf, PyTree, TreeDef
@@ -103,20 +106,32 @@ class Selector(abc.ABC):
         resolution = Resolution(treedef, view.paths, selected, bool(view.holes))
         return resolution if key is None else self._memory.keep(key, resolution)
 
-    def _all_selected(self, resolution: Resolution, tree: PyTree) -> Sequence[str]:
-        """The paths of all leaves that there are to select from, if all are selected; else none."""
-        return resolution.paths if all(resolution.selected) else ()
+    def _considered(self, resolution: Resolution, tree: PyTree) -> Sequence[int]:
+        """The indices of all leaves that there are to select from."""
+        return range(len(resolution.paths))
 
     def _refuse_all(self, resolution: Resolution, tree: PyTree) -> None:
         """Raise if all is selected, and it is not said that it may be."""
         # Below a hole there may be leaves that are trained.
         if self._may_be_all or resolution.has_holes:
             return
-        frozen = self._all_selected(resolution, tree)
+        indices = self._considered(resolution, tree)
+        if not all(resolution.selected[index] for index in indices):
+            return
+        # What is no number is frozen by nature, and says nothing.
+        frozen = [resolution.paths[index] for index in indices if resolution.numbers[index]]
         if frozen:
             raise ValueError(
                 f"{self!r} freezes all {len(frozen)} leaves ({quoted(frozen)}), so there is "
                 "nothing to train. If that is meant, say so: frozen='**'."
+            )
+
+    def _refuse_objects(self, paths: Sequence[str]) -> None:
+        """Raise for a selection of nothing but leaves that are no numbers, if nobody says so."""
+        if not self._may_be_empty:
+            raise ValueError(
+                f"{self!r} selects nothing but what is no array ({quoted(paths)}) and is frozen in "
+                f"any case. {self._if_meant}"
             )
 
     def _key(self, leaves: Sequence[Leaf], treedef: TreeDef) -> Hashable | None:
@@ -164,6 +179,38 @@ class Selector(abc.ABC):
         """
         resolution = self._resolve(tree)
         return resolution.unflatten(resolution.selected)
+
+    def filter_spec(self, tree: PyTree) -> PyTree:
+        """Bools in the structure of `tree`, True where selected and a float or complex array.
+
+        What Equinox calls a filter spec, for `eqx.partition`, `eqx.filter` and what else takes one.
+        Under `mask` the functions and numbers of a module are selected, too, wherever nobody says
+        that they are not (`~selector`), and nothing can be differentiated by them.
+
+        Args:
+          tree: as for `mask`, with any leaves in it.
+
+        Raises:
+          ValueError: as for `mask`; or nothing that is selected is a float or complex array.
+
+        Example:
+          >>> import equinox as eqx, frozen_optax as fo, jax
+          >>> model = eqx.nn.MLP(2, 1, width_size=4, depth=1, key=jax.random.key(0))
+          >>> trained, rest = eqx.partition(model, fo.by_path("layers/1").filter_spec(model))
+          >>> trained.layers[0].weight is None, trained.activation is None
+          (True, True)
+          >>> (~fo.by_path("layers/1")).filter_spec(model).activation
+          False
+        """
+        resolution = self._resolve(tree)
+        pairs = zip(resolution.selected, jax.tree.leaves(tree), strict=True)
+        spec = [chosen and is_inexact_array(leaf) for chosen, leaf in pairs]
+        if any(resolution.selected) and not (any(spec) or resolution.has_holes):
+            raise ValueError(
+                f"{self!r} selects no float or complex array, but {quoted(resolution.chosen)}: "
+                "there is nothing to differentiate by."
+            )
+        return resolution.unflatten(spec)
 
     def labels(self, tree: PyTree, selected: Any = "frozen", rest: Any = "trainable") -> PyTree:
         """Labels in the structure of `tree`, for `optax.partition`.
@@ -229,6 +276,11 @@ def resolve(
 ) -> Resolution:
     """Which leaves of `tree` a selector selects; they are the frozen ones, wherever that matters.
 
+    A leaf that is no number, beside others that are (the activation function of an Equinox module),
+    can only be frozen, so it is, whatever the selector says. Whether anything is selected, and
+    whether all is, is judged without such leaves. In a tree of nothing else (labels, shardings)
+    leaves are selected like any other.
+
     Args:
       selector: what chooses.
       tree: a pytree of arrays, tracers or `jax.ShapeDtypeStruct`.
@@ -241,14 +293,27 @@ def resolve(
       ValueError: one of these errors, a pattern selects nothing, or a mask does not fit.
     """
     resolution = selector._resolve(tree)  # pyright: ignore[reportPrivateUsage]
-    if to_check and not any(resolution.selected):
+    leaves = jax.tree.leaves(tree)
+    objects = objects_among(leaves)
+    chosen: Sequence[bool] = resolution.selected
+    if objects and (to_check or len(objects) < len(leaves)):
+        said, resolution = resolution.chosen, resolution.with_objects(objects)
+        chosen = list(itertools.compress(resolution.selected, resolution.numbers))
+        if said and not (any(chosen) or resolution.has_holes or to_check):
+            selector._refuse_objects(said)  # pyright: ignore[reportPrivateUsage]
+    if to_check and not any(chosen):
         raise ValueError(
-            f"{selector!r} selects nothing: none of {len(resolution.paths)} leaves. There is "
+            f"{selector!r} selects nothing: none of {len(chosen)} {_arrays(objects)}. There is "
             "nothing to check, and such a check would always pass. For every leaf write '**'."
         )
     if to_train:
         selector._refuse_all(resolution, tree)  # pyright: ignore[reportPrivateUsage]
     return resolution
+
+
+def _arrays(objects: Sequence[int]) -> str:
+    """What to call leaves of which the objects were left out."""
+    return "leaves that are arrays" if objects else "leaves"
 
 
 def name_of(function: PyTree | Callable[..., PyTree]) -> str:
@@ -264,11 +329,25 @@ def _repr(pattern: str | re.Pattern[str]) -> str:
     return f"re.compile({pattern.pattern!r}{flags})"
 
 
+def _as_regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"the regex {pattern!r} cannot be read: {error}. With search=True each pattern is a "
+            "regex; a glob goes in a by_path of its own, by_path(...) | by_path(..., search=True)."
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class ByPath(Selector):
-    """The leaves whose path one of the patterns matches."""
+    """The leaves whose path one of the patterns matches.
+
+    With `search` all of them are regexes, and match wherever they are found in a path.
+    """
 
     patterns: tuple[str | re.Pattern[str], ...]
+    search: bool = False
 
     def __post_init__(self) -> None:
         for pattern in self.patterns:
@@ -279,38 +358,46 @@ class ByPath(Selector):
                 )
             if isinstance(pattern, re.Pattern) and not isinstance(pattern.pattern, str):
                 raise TypeError(f"by_path matches text, found the bytes regex {pattern!r}.")
-            if isinstance(pattern, str):
-                _ = Glob(pattern).regex  # one that cannot be read is an error where it is written
+            if isinstance(pattern, str):  # one that cannot be read is an error where it is written
+                _ = _as_regex(pattern) if self.search else Glob(pattern).regex
 
     @property
     def _may_be_all(self) -> bool:
-        is_every_leaf = lambda pattern: (
-            pattern in ("**", "*") if isinstance(pattern, str) else pattern.pattern == ".*"
-        )
+        def is_every_leaf(pattern: str | re.Pattern[str]) -> bool:
+            if isinstance(pattern, re.Pattern):
+                return pattern.pattern == ".*"
+            return pattern == ".*" if self.search else pattern in ("**", "*")
+
         return any(map(is_every_leaf, self.patterns))
 
     @functools.cached_property
     def _matchers(self) -> list[Glob | re.Pattern[str]]:
-        return [Glob(pattern) if isinstance(pattern, str) else pattern for pattern in self.patterns]
+        read = _as_regex if self.search else Glob
+        return [read(pattern) if isinstance(pattern, str) else pattern for pattern in self.patterns]
 
     def _select(self, view: View) -> np.ndarray:
         selected = np.zeros(len(view.paths), bool)
-        for matcher in self._matchers:
+        for pattern, matcher in zip(self.patterns, self._matchers, strict=True):
             regex = matcher.regex if isinstance(matcher, Glob) else matcher
-            matches = np.array([regex.fullmatch(path) is not None for path in view.paths], bool)
+            match = regex.search if self.search else regex.fullmatch
+            matches = np.array([match(path) is not None for path in view.paths], bool)
             if not matches.any() and not self._may_match_unseen(matcher, view):
-                raise ValueError(self._matches_nothing(matcher, view.paths))
+                raise ValueError(self._matches_nothing(pattern, matcher, view.paths))
             selected |= matches
         return selected
 
-    @staticmethod
-    def _matches_nothing(matcher: Glob | re.Pattern[str], paths: Sequence[str]) -> str:
+    def _matches_nothing(
+        self,
+        pattern: str | re.Pattern[str],
+        matcher: Glob | re.Pattern[str],
+        paths: Sequence[str],
+    ) -> str:
         if isinstance(matcher, Glob):
-            pattern, nearest = matcher.glob, nearest_paths(matcher.glob, paths, None)
+            nearest = nearest_paths(matcher.glob, paths, None)
         else:
-            pattern, nearest = matcher, nearest_paths(matcher.pattern, paths, matcher)
-        found = f"by_path({_repr(pattern)}) selects nothing: it matches none of the {len(paths)}"
-        return f"{found} leaves. {nearest}".rstrip()
+            nearest = nearest_paths(matcher.pattern, paths, matcher, self.search)
+        found = f"{ByPath((pattern,), self.search)!r} selects nothing: it matches none of the"
+        return f"{found} {len(paths)} leaves. {nearest}".rstrip()
 
     @staticmethod
     def _may_match_unseen(matcher: Glob | re.Pattern[str], view: View) -> bool:
@@ -321,7 +408,8 @@ class ByPath(Selector):
         return matches_the_root or any(map(matcher.may_match_below, view.holes))
 
     def __repr__(self) -> str:
-        return f"by_path({', '.join(map(_repr, self.patterns))})"
+        search = ", search=True" if self.search else ""
+        return f"by_path({', '.join(map(_repr, self.patterns))}{search})"
 
 
 def _in_brackets(selector: Selector) -> str:

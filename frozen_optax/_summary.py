@@ -17,7 +17,6 @@ import numpy as np
 import optax
 
 from frozen_optax import _bits
-from frozen_optax._partition import combine, partition
 from frozen_optax._selection import by_mask, frozen_selector
 from frozen_optax._selectors import Selector, resolve
 from frozen_optax._summary_table import Memory, Row, Summary
@@ -209,9 +208,9 @@ def _memory(
         # Integers are counted, whether or not it makes sense to train them.
         tx = with_frozen(optimizer, selector, allow_int=True)
         # What is frozen is taken as it is: it need not be an array.
-        _, frozen = partition(params, selector)
-        of_trainable = lambda trainable: tx.init(combine(trainable, frozen))
-        made = jax.eval_shape(of_trainable, jax.tree.unflatten(resolution.holed, trained))
+        leaves = jax.tree.leaves(params)
+        of_trained = lambda trained: tx.init(resolution.fill(leaves, trained))
+        made = jax.eval_shape(of_trained, trained)
         state = sum(map(_bytes, jax.tree.leaves(made)))
     has_gradient = lambda spec: _bits.is_array(spec) and _bits.is_differentiable(spec)
     return Memory(

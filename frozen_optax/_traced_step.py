@@ -177,7 +177,7 @@ def _of_rows(asked: Asked) -> Callable[..., Any]:
         if in_doubt is not None:
             named = {asked.signature.name(0): first, **arguments.traced()}
             refuse_discards(arguments.call, named, in_doubt, asked.where)
-        nodes, treedef = leave_out(result, successor, resolution)
+        nodes, treedef = leave_out(result, successor, resolution, frozen.objects)
         if asked.returns_tree:
             return jax.tree.unflatten(treedef, nodes)
         return as_row(nodes, treedef, len(frozen.leaves))

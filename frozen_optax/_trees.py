@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -46,6 +46,43 @@ def is_at_hand(leaf: Leaf) -> bool:
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return not (is_key or is_traced(leaf) or leaf.is_deleted())
     return isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic))
+
+
+# Types of which every instance is a number or an array of them.
+_NUMBERS = (jax.Array, jax.core.Tracer, jax.ShapeDtypeStruct, bool, int, float, complex)
+
+
+def is_number(leaf: Leaf) -> bool:
+    """Whether `leaf` is a number or an array of them, or stands for one.
+
+    Anything else a tree may hold (a function, a name, a dtype, an array of texts) can be neither
+    trained nor compiled.
+    """
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind not in "OSTUMm"  # objects, texts, times
+    if isinstance(leaf, _NUMBERS):
+        return True
+    # A type is no array, though np.float32 has a shape and a dtype.
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
+
+
+def is_inexact_array(leaf: Leaf) -> bool:
+    """Whether `leaf` is an array of floats or complex numbers, or stands for one."""
+    dtype = getattr(leaf, "dtype", None) if is_number(leaf) else None
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def objects_among(leaves: Sequence[Leaf]) -> tuple[int, ...]:
+    """The indices of the leaves that are no numbers.
+
+    It looks at types first, of which there are few: this is done for each tree.
+    """
+    doubtful = {kind for kind in set(map(type, leaves)) if not issubclass(kind, _NUMBERS)}
+    if not doubtful:
+        return ()
+    return tuple(
+        index for index, leaf in enumerate(leaves) if type(leaf) in doubtful and not is_number(leaf)
+    )
 
 
 def keystr(path: KeyPath) -> str:
@@ -215,7 +252,7 @@ def describe(node: PyTree) -> str:
     """One node or leaf in a few words, for an error message."""
     if node is None or is_hole(node):
         return "None" if node is None else "a hole (MaskedNode)"
-    if hasattr(node, "shape") and hasattr(node, "dtype"):
+    if hasattr(node, "shape") and hasattr(node, "dtype") and not isinstance(node, type):
         return f"a leaf {node.dtype}{list(node.shape)}"
     if jax.tree_util.all_leaves([node]):
         return f"a leaf of type {type(node).__name__}"
@@ -320,22 +357,66 @@ class Resolution:
     optax's masks, and anything else that walks the parameters' own structure, understand it.
     `pruned` has one hole for a wholly selected subtree: nodes cost time at every call of a compiled
     function, so this is what is stored.
+
+    Attributes:
+      treedef: the structure.
+      paths: of the leaves.
+      selected: whether each is selected.
+      has_holes: whether there are holes in the structure.
+      objects: the indices of those that are selected for what they are and not by a choice: leaves
+        that are no numbers, which nothing can train. In `holed` they are None, as they are in what
+        `eqx.filter` makes, so both give one optimizer state.
     """
 
     treedef: TreeDef
     paths: tuple[str, ...]
     selected: tuple[bool, ...]
     has_holes: bool = dataclasses.field(default=False, compare=False)
+    objects: tuple[int, ...] = ()
+
+    def with_objects(self, objects: tuple[int, ...]) -> Resolution:
+        """The answer where these leaves are selected whatever the selector says."""
+        known = self._with_objects.get(objects)
+        if known is not None:
+            return known
+        selected = list(self.selected)
+        for index in objects:
+            selected[index] = True
+        made = dataclasses.replace(self, selected=tuple(selected), objects=objects)
+        return self._with_objects.keep(objects, made)
+
+    @functools.cached_property
+    def _with_objects(self) -> Memory[Resolution]:
+        return Memory()
+
+    @functools.cached_property
+    def numbers(self) -> tuple[bool, ...]:
+        """Whether each leaf is a number or an array of them."""
+        numbers = [True] * len(self.paths)
+        for index in self.objects:
+            numbers[index] = False
+        return tuple(numbers)
 
     @functools.cached_property
     def complement(self) -> Resolution:
         """The answer of the negated selector."""
-        return dataclasses.replace(self, selected=tuple(not chosen for chosen in self.selected))
+        selected = tuple(not chosen for chosen in self.selected)
+        return dataclasses.replace(self, selected=selected, objects=())
 
     @functools.cached_property
     def chosen(self) -> tuple[str, ...]:
         """The paths of the selected leaves."""
         return tuple(itertools.compress(self.paths, self.selected))
+
+    @functools.cached_property
+    def numbers_among_chosen(self) -> tuple[bool, ...]:
+        """Whether each selected leaf is a number or an array of them."""
+        return tuple(itertools.compress(self.numbers, self.selected))
+
+    @functools.cached_property
+    def objects_among_chosen(self) -> tuple[int, ...]:
+        """The indices of the objects, counted among the selected leaves."""
+        return tuple(at for at, number in enumerate(self.numbers_among_chosen) if not number)
 
     def unflatten(self, leaves: Iterable[PyTree]) -> PyTree:
         """A tree of the resolved structure."""
@@ -350,7 +431,7 @@ class Resolution:
         return [leaf for leaf, selected in zip(leaves, self.selected, strict=True) if not selected]
 
     def cut(self, leaves: Iterable[Leaf]) -> PyTree:
-        """The tree of those of `leaves` that are not selected, a hole for each that is."""
+        """The tree of those of `leaves` that are not selected, in the `holed` structure."""
         return jax.tree.unflatten(self.holed, self.rest(leaves))
 
     def fill(self, leaves: Iterable[Leaf], rest: Iterable[Leaf]) -> PyTree:
@@ -361,8 +442,13 @@ class Resolution:
 
     @functools.cached_property
     def holed(self) -> TreeDef:
-        """The structure of what is not selected, a hole for each selected leaf."""
-        nodes = [optax.MaskedNode() if chosen else 0 for chosen in self.selected]
+        """The structure of what is not selected, a hole for each selected leaf.
+
+        Of those that are no numbers None stays.
+        """
+        nodes: list[PyTree] = [optax.MaskedNode() if chosen else 0 for chosen in self.selected]
+        for index in self.objects:
+            nodes[index] = None
         return jax.tree.structure(self.unflatten(nodes))
 
     @functools.cached_property

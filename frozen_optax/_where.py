@@ -172,11 +172,8 @@ class Within(Selector):
     def _may_be_all(self) -> bool:
         return self.part._may_be_all
 
-    def _all_selected(self, resolution: Resolution, tree: PyTree) -> Sequence[str]:
-        named = _named_indices(self.where, tree)
-        if not all(resolution.selected[index] for index in named):
-            return ()
-        return [resolution.paths[index] for index in named]
+    def _considered(self, resolution: Resolution, tree: PyTree) -> Sequence[int]:
+        return _named_indices(self.where, tree)
 
     def _select(self, view: View) -> np.ndarray:
         leaves = jax.tree.leaves(view.tree)

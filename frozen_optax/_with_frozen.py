@@ -97,6 +97,17 @@ def _refuse_missing(resolution: Resolution, gradients: list[Leaf], allow_zero: b
             )
 
 
+def _explain_labels(error: ValueError) -> None:
+    """Raise for `optax.partition` that was given labels of frozen leaves, and no group for them."""
+    if "no corresponding transformation" in str(error):
+        raise ValueError(
+            f"{str(error).strip()} Inside with_frozen no label freezes: the groups share the "
+            "trainable leaves. Cut the labels as the parameters are cut: "
+            "optax.partition(groups, fo.partition(labels, frozen)[0]), or give a function that "
+            "labels the leaves that it is called with."
+        ) from error
+
+
 def _refuse_trained(state: PyTree) -> None:
     """Raise for a state that holds something where nothing is trained."""
     if jax.tree.leaves(state):
@@ -141,6 +152,9 @@ def with_frozen(
       what they always do. With everything frozen there is nothing to run: the state is an
       `optax.EmptyState`, and `optax.tree_map_params` does not fit it.
 
+    A leaf that is no array (the activation function in an Equinox module) is frozen whatever is
+    said, and its update is None, as `eqx.apply_updates` has it.
+
     For `optax.lookahead` the parameters are a pair of trees; what is frozen is said of one and
     holds for both.
 
@@ -175,9 +189,10 @@ def with_frozen(
         leaves. At `init`: a frozen leaf is a Python scalar, or a 64-bit host array without x64,
         which no compiled function keeps; a trainable leaf is neither float nor complex.
       ValueError: at `init`, or at the first update: a pattern selects nothing, a mask does not fit,
-        everything is frozen and nobody said so (`"**"`, `True`). At `update`: the tree or the state
-        is not that of `init`; a trainable leaf has no gradient, or that of a frozen one; the
-        parameters are missing where they are needed. The message names the path.
+        everything is frozen and nobody said so (`"**"`, `True`); `optax.partition` has labels of
+        frozen leaves and no group for them. At `update`: the tree or the state is not that of
+        `init`; a trainable leaf has no gradient, or that of a frozen one; the parameters are
+        missing where they are needed. The message names the path.
 
     Example:
       >>> import frozen_optax as fo, jax, jax.numpy as jnp, optax
@@ -204,7 +219,12 @@ def with_frozen(
         _refuse_untrainable(resolution, leaves, allow_int)
         if resolution.nothing_left:  # not every optimizer takes an empty tree
             return optax.EmptyState()
-        return layout.store_first(resolution, inner.init(_trainable(resolution, params)))
+        try:
+            made = inner.init(_trainable(resolution, params))
+        except ValueError as error:
+            _explain_labels(error)
+            raise
+        return layout.store_first(resolution, made)
 
     def resolve_updates(updates: PyTree, state: PyTree) -> Resolution:
         """What is frozen, where the parameters are not passed: a state may tell what `init` saw."""

@@ -167,7 +167,7 @@ BLOCKS = {
     "docs/cookbook.md": 11,
     "docs/cost.md": 1,
     "docs/distributed.md": 1,
-    "docs/frameworks.md": 8,
+    "docs/frameworks.md": 10,
     "docs/proofs.md": 2,
     "docs/stages.md": 3,
     "docs/which_way.md": 2,

@@ -226,10 +226,8 @@ def test_what_cannot_be_checked_is_an_error():
         ValueError, match=r"at 'encoder' is no digest\. assert_fingerprint takes the tree first"
     ):
         fo.assert_fingerprint(found, tree)
-    with pytest.raises(TypeError, match=r"found a leaf of type \w+ at 'f'"):
-        fo.fingerprint({"f": jnp.sum}, "**")
-    with pytest.raises(TypeError, match="those of 'o' are not its own: it is a leaf object"):
-        fo.fingerprint({"o": np.array([None, "a"])}, "**")
+    with pytest.raises(TypeError, match=r"found a leaf float32\[2\] at 'encoder'"):
+        fo.fingerprint(jax.eval_shape(lambda: tree), "**")  # shapes without values
     with pytest.raises(TypeError, match="bits of 'encoder' are not known while tracing"):
         jax.jit(lambda tree: fo.fingerprint(tree, "**"))(tree)
     tree["encoder"].delete()

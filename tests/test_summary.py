@@ -334,11 +334,17 @@ def test_leaves_an_optimizer_cannot_take_prevent_comparison():
     assert report.note in str(report)
 
 
-def test_a_frozen_leaf_that_is_no_array_is_no_obstacle():
-    report = summary({"activation": len, "w": spec(3)}, "activation", optax.adam(1e-3))
+def test_a_leaf_that_is_no_array_is_frozen_and_no_obstacle():
+    params = {"activation": len, "base": spec(2), "w": spec(3)}
+    report = summary(params, "base", optax.adam(1e-3))
+    assert {row.path: row.frozen for row in report.rows} == {
+        "activation": True,
+        "base": True,
+        "w": False,
+    }
     assert report.memory.optimizer_state == 28
-    assert report.memory_without_freezing.optimizer_state is None
-    assert "builtin_function_or_method" in report.note
+    assert report.memory_without_freezing.optimizer_state == 44
+    assert not report.note
 
 
 def test_a_wrapped_optimizer_has_the_same_state_either_way():

@@ -16,6 +16,7 @@ from frozen_optax._proofs._counterexamples import Runs
 from frozen_optax._proofs._interpreter import interpret
 from frozen_optax._proofs._known import Dependencies, InputSet, Known
 from frozen_optax._proofs._provenance import Source
+from frozen_optax._trees import is_number as is_array_or_number
 from frozen_optax._trees import is_traced, paths_of, spec
 from frozen_optax._typing import PyTree
 
@@ -54,8 +55,7 @@ def as_traced(leaf: Any) -> Any:
 
 def is_number(leaf: Any) -> bool:
     """Whether a leaf of parameters or of a state is abstract: an array, or a number."""
-    shape = spec(leaf)
-    return _bits.is_array(shape) and shape.dtype != jax.dtypes.float0
+    return is_array_or_number(leaf) and spec(leaf).dtype != jax.dtypes.float0
 
 
 def is_array_or_float(leaf: Any) -> bool:

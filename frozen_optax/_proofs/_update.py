@@ -77,6 +77,8 @@ def _zero_in_words(update: Result, leaf: Any) -> str | None:
         possible = update.known.possible
     if possible is None or not _constants.is_zero(possible, dtype):
         return None
+    if not is_number(leaf):
+        return None
     if not _fits(shape, leaf) or _rounds(spec(leaf).dtype, dtype, weak):
         return None
     if not possible:
@@ -143,6 +145,8 @@ def _causes(
         if dependencies.inputs & group:
             way = update.inputs.way(dependencies, group)
             reasons.append(f"depends on {name}{way}: {_GUESSES[name]}")
+    if not is_number(leaf):
+        return [*reasons, f"is an update, and the parameter {describe(leaf)}"]
     aval, own = result.aval, spec(leaf)
     if not _fits(aval.shape, leaf) or _rounds(own.dtype, aval.dtype, aval.weak_type):
         reasons.append(f"is {describe(aval)}, and the parameter {describe(own)}")
