@@ -28,7 +28,7 @@ from frozen_optax import _bits
 from frozen_optax._fingerprints import digests, kind
 from frozen_optax._messages import Fault, listed, quoted
 from frozen_optax._selection import resolve_frozen
-from frozen_optax._trees import is_traced
+from frozen_optax._trees import is_number, is_traced
 from frozen_optax._typing import Array, DType, Frozen, Leaf, PyTree, Where
 from frozen_optax._variables import refuse_tied
 from frozen_optax._where import named_leaves
@@ -68,12 +68,7 @@ def _places(where: Where | None, tree: PyTree) -> list[_Place]:
                 f"the values of {place.path!r} are not known while tracing. Save and load outside "
                 "of the compiled function."
             )
-    return [place for place in places if _has_value(place.leaf)]
-
-
-def _has_value(leaf: Leaf) -> bool:
-    kinds = (bool, int, float, complex, np.ndarray, np.generic, jax.Array, jax.ShapeDtypeStruct)
-    return isinstance(leaf, kinds)
+    return [place for place in places if is_number(place.leaf)]
 
 
 def _refuse_structs(places: Sequence[_Place], what_to_do: str) -> None:
@@ -273,13 +268,6 @@ def save_trained(
     _refuse_structs(places, "Save the parameters themselves.")
     trained = [place for place in places if not resolution.selected[place.index]]
     kept = [place for place in places if resolution.selected[place.index]]
-    named = named_leaves(where, params)
-    others = [name for index, name in named if not resolution.selected[index]]
-    if others and not trained:  # that all is frozen may be meant
-        raise ValueError(
-            f"what is trained has no values to save: {quoted(others)}. Say what was trained, as it "
-            "was said to with_frozen."
-        )
     both = sorted({place.path for place in trained} & {place.path for place in kept})
     if both:
         raise ValueError(

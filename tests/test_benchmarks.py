@@ -69,7 +69,11 @@ def test_contenders_can_be_donated(name):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [lambda: optax.adamw(1e-3), clipped], ids=["adamw", "clipped"]
+    "optimizer",
+    [
+        pytest.param(lambda: optax.adamw(1e-3), id="adamw", marks=pytest.mark.exhaustive),
+        pytest.param(clipped, id="clipped"),
+    ],
 )
 @pytest.mark.parametrize(
     "workload", [lambda: unrolled(12, 64, 8, {11}, False), lambda: scanned(12, 64, 8, 4)]
