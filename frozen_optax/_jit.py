@@ -39,12 +39,11 @@ from frozen_optax._trees import (
     Resolution,
     describe,
     is_hole,
-    is_mutable,
     is_number,
     is_traced,
     leaves_if,
     objects_among,
-    paths_of,
+    refuse_mutable,
     require_alive,
 )
 from frozen_optax._typing import Frozen, Leaf, PyTree, Where
@@ -147,12 +146,7 @@ def _refuse_unfit(asked: Asked, first: PyTree) -> None:
             "self.step = fo.jit(self._step, frozen=...)."
         )
     refuse_tied(first)
-    for path, leaf in zip(paths_of(first), jax.tree.leaves(first), strict=True):
-        if is_mutable(getattr(leaf, "aval", None)):
-            raise TypeError(
-                f"the leaf {path!r} is a mutable array (jax.Ref), which a step can write to "
-                "wherever it is frozen. Pass the array that it holds, ref[...]."
-            )
+    refuse_mutable(first)
 
 
 def _first_by_position(

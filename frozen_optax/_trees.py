@@ -124,6 +124,16 @@ def paths_of(tree: PyTree) -> list[str]:
     return [keystr(path) for path, node in flatten_with_holes(tree) if not is_hole(node)]
 
 
+def refuse_mutable(tree: PyTree) -> None:
+    """Raise where a leaf can be written to, by whoever holds it."""
+    for path, leaf in zip(paths_of(tree), jax.tree.leaves(tree), strict=True):
+        if is_mutable(getattr(leaf, "aval", None)):
+            raise TypeError(
+                f"the leaf {path!r} is a mutable array (jax.Ref), which a step can write to "
+                "wherever it is frozen. Pass the array that it holds, ref[...]."
+            )
+
+
 class Memory(Generic[T]):
     """The last few answers to a question.
 

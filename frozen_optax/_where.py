@@ -57,7 +57,14 @@ def places(where: Where, tree: PyTree) -> Places:
     ]
     indices = {id(marker): index for index, marker in enumerate(markers)}
     marked = jax.tree.unflatten(treedef, markers)
-    named = where(marked)
+    try:
+        named = where(marked)
+    except Exception as error:
+        raise TypeError(
+            f"where= raised {type(error).__name__} ({error}) on {describe(tree)}. It is called on "
+            "the state, which is the first argument. A step that takes its state elsewhere goes in "
+            "a function that takes it first: lambda state, batch: step(batch, state)."
+        ) from error
     for path, leaf in jax.tree_util.tree_leaves_with_path(named):
         if id(leaf) not in indices:
             raise TypeError(

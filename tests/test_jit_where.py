@@ -175,3 +175,9 @@ def test_state_of_nnx_and_modules_of_equinox():
     new = jit(lambda arrays: jax.tree.map(lambda x: x + 1, arrays), frozen="layers/0")(arrays)
     assert new.layers[0].weight is model.layers[0].weight
     assert eqx.combine(new, static)(jnp.ones(2)).shape == (2,)
+
+
+def test_a_state_that_is_not_first_is_told():
+    step = fo.jit(lambda key, state: state, frozen="encoder", where=lambda state: state["params"])
+    with pytest.raises(TypeError, match=r"where= raised .* on a leaf .*the first argument"):
+        step(jax.random.key(0), {"params": make_params()})

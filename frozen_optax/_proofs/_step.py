@@ -18,7 +18,7 @@ from frozen_optax._proofs._findings import Finding, in_words, require_proved, ru
 from frozen_optax._proofs._trace import Inputs, Result, is_array_or_float, is_number
 from frozen_optax._selection import resolve_frozen
 from frozen_optax._selectors import resolve
-from frozen_optax._trees import spec
+from frozen_optax._trees import refuse_mutable, spec
 from frozen_optax._typing import Frozen, Where
 
 
@@ -138,6 +138,7 @@ def assert_step_freezes(
     is_step = isinstance(step, Step)
     if is_step:  # it hands back the frozen leaves that went in, whatever its function does
         step = step.__wrapped__
+    refuse_mutable(args[0])
     inputs, makers = Inputs(), []
     for i, (name, arg) in enumerate(zip(argument_names(step, len(args)), args, strict=True)):
         _, make = inputs.add(name, arg, is_array_or_float if i else is_number)
