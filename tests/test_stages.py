@@ -254,7 +254,7 @@ def test_a_run_resumed_at_any_step_ends_the_same(at: int, tmp_path: Any) -> None
         checkpointer.wait_until_finished()
         # The state is that of the last step that was taken.
         like = None if not at else optimizer(stages.at(at - 1)).init(make_params())
-        abstract = jax.eval_shape(lambda: {"params": make_params(), "state": like})
-        restored = checkpointer.restore(tmp_path / "saved", abstract)
+        target = {"params": make_params(), "state": like}
+        restored = checkpointer.restore(tmp_path / "saved", target)
     params, _ = train(restored["params"], restored["state"], at, 6)
     assert_same_bits(bits(params), bits(expected))
