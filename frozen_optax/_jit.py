@@ -26,6 +26,7 @@ from frozen_optax._placement import buffers, elsewhere, refuse_shared, target_of
 from frozen_optax._rows import (
     InputRow,
     OutputRow,
+    Static,
     as_row,
     from_row,
     is_kept,
@@ -76,7 +77,7 @@ class _Stored:
 
     asked: Asked
     jitted: Compiled
-    sharded: dict[tuple[Resolution, Objects], Compiled] = dataclasses.field(default_factory=dict)
+    sharded: dict[tuple[Resolution, Static], Compiled] = dataclasses.field(default_factory=dict)
     last: tuple[Resolution, Objects] | None = None
     checked: Resolution | None = None
     has_told: bool = False
@@ -115,7 +116,7 @@ def _jitted_for(step: _Stored, frozen: InputRow) -> Compiled:
     said = step.asked.options.get("in_shardings")
     if not isinstance(said, (tuple, list)) or not said:
         return step.jitted
-    key = frozen.resolution, frozen.objects
+    key = frozen.resolution, frozen.static
     if key not in step.sharded:
         by_leaf = _in_shardings(step.asked, frozen.resolution)
         for index, leaf in zip(frozen.resolution.objects, frozen.objects, strict=True):
@@ -406,7 +407,7 @@ def _stage(step: _Stored, method: str, args: Sequence[Any], kwargs: dict[str, An
     def run(call: _Call) -> Stage:
         make = getattr(_jitted_for(step, call.frozen), method)
         stage = make(call.frozen, call.others, *call.args, **call.kwargs)
-        expected = call.frozen.resolution, call.frozen.objects
+        expected = call.frozen.resolution, call.frozen.static
         return Stage(stage, functools.partial(_run_compiled, step, *expected))
 
     return _with_rows(step, run, args, kwargs)
@@ -415,7 +416,7 @@ def _stage(step: _Stored, method: str, args: Sequence[Any], kwargs: dict[str, An
 def _run_compiled(
     step: _Stored,
     expected: Resolution,
-    objects: Objects,
+    static: Static,
     compiled: Compiled,
     args: Sequence[Any],
     kwargs: dict[str, Any],
@@ -426,8 +427,8 @@ def _run_compiled(
 
     def compiled_for(frozen: InputRow) -> Compiled:
         resolution = frozen.resolution
-        if resolution == expected and frozen.objects != objects:
-            pairs = zip(resolution.objects, frozen.objects, objects, strict=True)
+        if resolution == expected and frozen.static != static:
+            pairs = zip(resolution.objects, frozen.static, static, strict=True)
             changed = [resolution.paths[index] for index, leaf, was in pairs if leaf != was]
             raise TypeError(
                 f"this step was compiled for other leaves that are no arrays: {quoted(changed)}."

@@ -11,13 +11,16 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import optax
 
 from frozen_optax._trees import Resolution, is_hole
 from frozen_optax._typing import Leaf, PyTree, TreeDef
+
+# Objects with their hashes.
+Static: TypeAlias = tuple[tuple[int, Leaf], ...]
 
 # --- what goes in: the first argument, its frozen leaves apart from the others
 
@@ -47,6 +50,15 @@ class InputRow:
             return ()
         return tuple(self.leaves[index] for index in self.resolution.objects_among_chosen)
 
+    @property
+    def static(self) -> Static:
+        """The objects as jax is to compare them.
+
+        With their hashes, as jax compares what is static by equality alone: an object that was
+        changed in place is equal to itself, and to one that is as it is now.
+        """
+        return tuple((hash(each), each) for each in self.objects)
+
     def _numbers(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Those of some things, one for each leaf, that belong to numbers."""
         if not (self.is_frozen and self.resolution.objects):
@@ -59,15 +71,15 @@ class InputRow:
         return tuple(zip(keys, leaves, strict=True)), static
 
     def tree_flatten(self) -> tuple[Sequence[Leaf], Any]:
-        return self._numbers(self.leaves), (self.is_frozen, self.resolution, self.objects)
+        return self._numbers(self.leaves), (self.is_frozen, self.resolution, self.static)
 
     @classmethod
     def tree_unflatten(
-        cls, static: tuple[bool, Resolution, tuple[Leaf, ...]], leaves: Sequence[Leaf]
+        cls, static: tuple[bool, Resolution, Static], leaves: Sequence[Leaf]
     ) -> InputRow:
         is_frozen, resolution, objects = static
         if objects:
-            numbers, others = iter(leaves), iter(objects)
+            numbers, others = iter(leaves), (each for _, each in objects)
             leaves = [
                 next(numbers if is_number else others)
                 for is_number in resolution.numbers_among_chosen

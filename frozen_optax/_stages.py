@@ -11,12 +11,13 @@ import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, overload
 
+import jax
 import numpy as np
 import optax
 
 from frozen_optax._selection import as_selector
-from frozen_optax._selectors import Reads, Selector, reads, resolve
-from frozen_optax._trees import View
+from frozen_optax._selectors import Reads, Selector, reads
+from frozen_optax._trees import View, is_number
 from frozen_optax._typing import Frozen, PyTree
 from frozen_optax._with_frozen import FrozenOptimizer, with_frozen
 
@@ -31,20 +32,17 @@ class _Group:
 
     Attributes:
       key: what the user called them.
+      label: their name in `optax.partition`, the same in each process.
       selector: what selects them.
       start: the step at which they begin to train.
       stop: the step at which they are frozen again; None if they are not.
     """
 
     key: Any
+    label: str
     selector: Selector
     start: int
     stop: int | None
-
-    @property
-    def label(self) -> str:
-        """Its name in `optax.partition`."""
-        return self.key if isinstance(self.key, str) else repr(self.selector)
 
     def trains_at(self, step: int) -> bool:
         """Whether it trains at a step."""
@@ -65,10 +63,19 @@ def _step(value: Any, key: Any) -> int:
     return step
 
 
-def _group(key: Any, bounds: Any) -> _Group:
+def _label(key: Any, selector: Selector, number: int) -> str:
+    """What to call a group: as the user did, or as its selector prints, if that is always alike."""
+    if isinstance(key, str):
+        return key
+    label = repr(selector)
+    return f"group {number}" if "<" in label else label  # a lambda, or the address of an object
+
+
+def _group(key: Any, bounds: Any, number: int) -> _Group:
     selector = as_selector(key)
+    label = _label(key, selector, number)
     if not isinstance(bounds, (tuple, list)):
-        return _Group(key, selector, _step(bounds, key), None)
+        return _Group(key, label, selector, _step(bounds, key), None)
     if len(bounds) != 2:
         raise ValueError(f"the group {key!r} has {bounds!r}, expected one step or a pair of them.")
     start, stop = (_step(bound, key) for bound in bounds)
@@ -77,7 +84,7 @@ def _group(key: Any, bounds: Any) -> _Group:
             f"the group {key!r} is to train from step {start} to step {stop}, which is no step at "
             "all. The first of the pair is the smaller one."
         )
-    return _Group(key, selector, start, stop)
+    return _Group(key, label, selector, start, stop)
 
 
 def _choices(groups: Sequence[_Group], view: View) -> dict[str, np.ndarray]:
@@ -149,13 +156,19 @@ class Stage:
     def labels(self, params: PyTree) -> PyTree:
         """The group of each leaf, `"frozen"` for those that do not train, for `optax.partition`.
 
-        A group that is no `str` is called as its selector prints.
+        A group that is no `str` is called as its selector prints, or by its number in the schedule
+        where that is a lambda or an object.
         """
-        view = View.of(params)
-        labels = np.full(len(view.paths), _FROZEN, object)
+        leaves, treedef = jax.tree.flatten(params)
+        # Within `with_frozen` there is None for a function, as a group may name, and a hole counts
+        # for whatever could stand there.
+        with_hole = lambda node: optax.MaskedNode() if node is None else node
+        is_none = lambda node: node is None
+        view = View.of(jax.tree.map(with_hole, params, is_leaf=is_none))
+        labels = np.full(len(leaves), _FROZEN, object)
         for label, chosen in _choices(self._trained, view).items():
-            labels[chosen] = label
-        return resolve(self.frozen, params).unflatten(labels.tolist())
+            labels[chosen & np.array(list(map(is_number, leaves)), bool)] = label
+        return jax.tree.unflatten(treedef, labels.tolist())
 
     def optimizer(
         self,
@@ -257,7 +270,7 @@ def stages(starts: Mapping[Any, int | tuple[int, int]], stop: int | None = None)
     """
     if not starts:
         raise ValueError("stages need at least one group: nothing would ever train.")
-    groups = tuple(_group(key, bounds) for key, bounds in starts.items())
+    groups = tuple(_group(*item, number) for number, item in enumerate(starts.items()))
     labels = [group.label for group in groups]
     for label in labels:
         if labels.count(label) > 1 or label == _FROZEN:

@@ -11,6 +11,9 @@ from frozen_optax._messages import quoted
 from frozen_optax._trees import describe, require_alive
 from frozen_optax._typing import Leaf, PyTree
 
+# Fields of a state of `optax.inject_hyperparams`, in its versions.
+_SAID = ("hyperparams", "hyperparams_states")
+
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
@@ -35,6 +38,21 @@ def _by_path(state: PyTree) -> dict[str, Leaf]:
     }
 
 
+def _carried(old: PyTree, new: PyTree) -> set[str]:
+    """The paths of what is carried: what both have, but for hyperparameters.
+
+    Those that `optax.inject_hyperparams` keeps in the state were said to an optimizer, and not
+    found by it. A new optimizer has its own.
+    """
+    before = _by_path(old)
+    is_said = lambda path: any(getattr(key, "name", None) in _SAID for key in path)
+    return {
+        text
+        for path, _ in jax.tree_util.tree_leaves_with_path(new)
+        if (text := jax.tree_util.keystr(path)) in before and not is_said(path)
+    }
+
+
 def plan_transfer(old: PyTree, new: PyTree) -> Transfer:
     """What `transfer_state(old, new)` takes from which of the two, without doing it.
 
@@ -53,11 +71,11 @@ def plan_transfer(old: PyTree, new: PyTree) -> Transfer:
       >>> fo.plan_transfer(head_only, optax.trace(0.9).init(params))
       Transfer(carried=(".trace['head']",), fresh=(".trace['encoder']",), dropped=())
     """
-    before, after = _by_path(old), _by_path(new)
+    before, after, carried = _by_path(old), _by_path(new), _carried(old, new)
     return Transfer(
-        carried=tuple(path for path in after if path in before),
-        fresh=tuple(path for path in after if path not in before),
-        dropped=tuple(path for path in before if path not in after),
+        carried=tuple(path for path in after if path in carried),
+        fresh=tuple(path for path in after if path not in carried),
+        dropped=tuple(path for path in before if path not in carried),
     )
 
 
@@ -75,6 +93,9 @@ def transfer_state(old: PyTree, new: PyTree, *, may_be_empty: bool = False) -> P
     What is frozen from here on has no place in `new`, and is dropped: a state holds what is
     trained. To go on with it later keep `old`, and transfer from both, the older one first:
     `transfer_state(state, transfer_state(kept, tx.init(params)))`.
+
+    Hyperparameters that `optax.inject_hyperparams` keeps in its state come from `new`: they were
+    said to the optimizer, and the new one may have been told others.
 
     One thing it cannot mend: a count that several groups share is carried, so a leaf that is thawed
     has new moments and an old count. `stages` gives each group a count of its own.
@@ -105,8 +126,8 @@ def transfer_state(old: PyTree, new: PyTree, *, may_be_empty: bool = False) -> P
     """
     if old is None:
         return new
-    before, after = _by_path(old), _by_path(new)
-    for path in after.keys() & before.keys():
+    before, after, carried = _by_path(old), _by_path(new), _carried(old, new)
+    for path in carried:
         if _kind(before[path]) != _kind(after[path]):
             raise ValueError(
                 f"at {path} the old state has {describe(before[path])} and the new one "
@@ -114,12 +135,14 @@ def transfer_state(old: PyTree, new: PyTree, *, may_be_empty: bool = False) -> P
                 "begin with the new state, or leave that part of the old one out."
             )
         require_alive(path, before[path])
-    if before and after and not (may_be_empty or after.keys() & before.keys()):
+    if before and after and not (may_be_empty or carried):
         raise ValueError(
             "nothing of the old state is carried: it holds "
             f"{quoted(list(before))}, and the new one {quoted(list(after))}. If that is meant, "
             "write transfer_state(old, new, may_be_empty=True)."
         )
     leaves, treedef = jax.tree.flatten(new)
-    carried = (before.get(path, leaf) for path, leaf in zip(after, leaves, strict=True))
-    return jax.tree.unflatten(treedef, carried)
+    taken = [
+        before[path] if path in carried else leaf for path, leaf in zip(after, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, taken)

@@ -466,3 +466,31 @@ def test_a_proof_of_an_optimizer_knows_that_a_function_is_not_moved():
         AssertionError, match=r"activation: refuted.*\n.*the parameter a leaf of type"
     ):
         fo.assert_update_freezes(moves, model, "layers/0")
+
+
+class Rate:
+    """A leaf that is no number, compared by what it holds."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return isinstance(other, Rate) and self.value == other.value
+
+    def __hash__(self):
+        return hash(self.value)
+
+
+def test_an_object_changed_in_place_is_another_program():
+    @fo.jit(frozen="w")
+    def step(tree):
+        return tree | {"head": tree["head"] * tree["rate"].value}
+
+    tree = {"w": jnp.ones(1), "head": jnp.ones(1), "rate": Rate(2.0)}
+    compiled = step.lower(tree).compile()
+    assert step(tree)["head"] == compiled(tree)["head"] == 2
+    tree["rate"].value = 5.0
+    assert step(tree)["head"] == 5
+    assert step(tree | {"rate": Rate(5.0)})["head"] == 5
+    with pytest.raises(TypeError, match="compiled for other leaves that are no arrays: 'rate'"):
+        compiled(tree)

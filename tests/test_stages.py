@@ -1,8 +1,10 @@
 """Staged thawing: a schedule of groups, and what each group's optimizer sees."""
 
+import functools
 import re
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +129,39 @@ def test_groups_of_any_kind() -> None:
     made = []
     stages[1].optimizer(lambda *given: made.append(given) or optax.sgd(0.1)).init(params)
     assert made == [(bias, 0), (kernel, 1)]
+
+
+def test_groups_without_a_name_are_told_apart_by_number() -> None:
+    kernel, bias = (lambda name: lambda path, leaf: path == name)("head/w"), lambda path, leaf: (
+        path == "head/b"
+    )  # fmt: skip
+    stages = fo.stages({kernel: 0, "embed": 1, functools.partial(named, "head/b"): 2, bias: (2, 3)})
+    assert stages[0].labels({"head": {"w": 1.0, "b": 2.0}, "embed": 3.0}) == {
+        "head": {"w": "group 0", "b": "frozen"},
+        "embed": "frozen",
+    }
+
+
+def named(name: str, path: str, leaf: Any) -> bool:
+    return path == name
+
+
+def test_a_group_may_name_a_function_of_a_module() -> None:
+    key = jax.random.key(0)
+    layers = [
+        eqx.nn.Linear(2, 2, key=key),
+        eqx.nn.Lambda(jax.nn.relu),
+        eqx.nn.Linear(2, 2, key=key),
+    ]
+    model = eqx.nn.Sequential(layers)
+    stages = fo.stages({("layers/1", "layers/2"): 0, "layers/0": 2}, stop=4)
+    tx = stages[0].optimizer(lambda *_: optax.sgd(0.1))
+    grads = fo.grad(lambda model: jnp.sum(model(jnp.ones(2))), tx)(model)
+    updates, _ = tx.update(grads, tx.init(model), model)
+    after = eqx.apply_updates(model, updates)
+    fo.assert_frozen(model, after, "layers/0")
+    assert not np.array_equal(after.layers[2].bias, model.layers[2].bias)
+    assert stages[0].labels(model).layers[1].fn == "frozen"
 
 
 @pytest.mark.parametrize(

@@ -108,3 +108,20 @@ def test_keys_that_read_alike_are_not_the_same() -> None:
     old = optax.trace(0.9).init({"0": jnp.zeros(2)})
     fresh = optax.trace(0.9).init([jnp.ones(2)])
     assert fo.plan_transfer(old, fresh).carried == ()
+
+
+def test_what_was_said_to_an_optimizer_is_not_carried() -> None:
+    inject = lambda rate: optax.inject_hyperparams(optax.sgd)(rate, momentum=0.9)
+    old = after_steps(inject(1.0))
+    fresh = inject(1e-3).init(PARAMS)
+    new = fo.transfer_state(old, fresh)
+    assert float(new.hyperparams["learning_rate"]) == pytest.approx(1e-3)
+    assert new.count is old.count
+    plan = fo.plan_transfer(old, fresh)
+    assert ".hyperparams['learning_rate']" in plan.fresh
+    assert any("trace" in path and "head" in path for path in plan.carried)
+    decay = lambda rate: optax.inject_hyperparams(optax.sgd)(optax.constant_schedule(rate))
+    _, state = decay(1e-3).update(
+        PARAMS, fo.transfer_state(after_steps(decay(1.0)), decay(1e-3).init(PARAMS)), PARAMS
+    )
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(1e-3)

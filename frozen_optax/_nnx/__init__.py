@@ -21,11 +21,30 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _or_param(wrt: Any) -> Any:
+def _wrt_of(selection: Frozen) -> Any:
+    """What `nnx_filter` was told that parameters are, if the selection is one that it has made."""
+    room = sys.modules.get("frozen_optax._nnx._filter")  # which has made it, if it is one
+    return selection.wrt if room is not None and isinstance(selection, room.TrainedFilter) else None
+
+
+def _either(frozen: Frozen, trainable: Frozen) -> Frozen:
+    """The one of the two that was given."""
+    return frozen if trainable is None else trainable
+
+
+def _parameters(wrt: Any, selection: Frozen) -> Any:
     """The kind of Variables that are parameters: `nnx.Param`, if nothing is said."""
     from flax import nnx
 
-    return nnx.Param if wrt is None else wrt
+    of_filter = _wrt_of(selection)
+    if wrt is None:
+        return nnx.Param if of_filter is None else of_filter
+    if of_filter is not None and of_filter != wrt:
+        raise ValueError(
+            f"wrt={wrt!r} is said here, and the filter was made with wrt={of_filter!r}. Leave it "
+            "out here."
+        )
+    return wrt
 
 
 def nnx_filter(
@@ -79,7 +98,7 @@ def nnx_filter(
     selector = frozen_selector(frozen, trainable)
     from frozen_optax._nnx._filter import trained_filter
 
-    return trained_filter(model, selector, _or_param(wrt))
+    return trained_filter(model, selector, _parameters(wrt, _either(frozen, trainable)))
 
 
 @overload
@@ -189,7 +208,8 @@ def nnx_jit(
     def compiled(fun: Callable[..., Any]) -> NnxStep[..., Any]:
         from frozen_optax._nnx._jit import NnxStep
 
-        return NnxStep(fun, selector, _or_param(wrt), discard, options)
+        kind = _parameters(wrt, _either(frozen, trainable))
+        return NnxStep(fun, selector, kind, discard, options)
 
     return compiled if fun is None else compiled(fun)
 
@@ -205,4 +225,5 @@ def opened(
     if room is None or not isinstance(step, room.NnxStep):
         return None
     nnx_step = cast("NnxStep[..., Any]", step)
-    return nnx_step.opened(args, frozen_selector(frozen, trainable))
+    selector = frozen_selector(frozen, trainable)
+    return nnx_step.opened(args, selector, _wrt_of(_either(frozen, trainable)))

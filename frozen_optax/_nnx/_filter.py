@@ -28,9 +28,10 @@ class TrainedFilter:
     wrt: Any
 
     def __call__(self, path: Path, value: PyTree) -> bool:
-        if path in self.trained:
-            return True
-        if path not in self.frozen and nnx.filterlib.to_predicate(self.wrt)(path, value):
+        is_parameter = nnx.filterlib.to_predicate(self.wrt)
+        if path in self.trained:  # where it holds a Variable, of this kind
+            return not isinstance(value, nnx.Variable) or is_parameter(path, value)
+        if path not in self.frozen and is_parameter(path, value):
             raise ValueError(
                 f"nnx_filter was made for a model without the parameter {_text(path)!r}; it had "
                 f"{quoted(sorted(map(_text, self.trained | self.frozen)))}. Make one for this "
@@ -50,5 +51,6 @@ def trained_filter(model: PyTree, selector: Selector, wrt: Any) -> TrainedFilter
     """The filter of what a selector does not freeze among the parameters of a model."""
     parameters = parameters_of(model, wrt)
     is_frozen = frozen_among(selector, parameters)
-    frozen = frozenset(path for path, each in parameters.items() if is_frozen[id(each)])
+    # One that holds nothing can be called either.
+    frozen = frozenset(path for path, each in parameters.items() if is_frozen.get(id(each), True))
     return TrainedFilter(frozenset(parameters) - frozen, frozen, wrt)

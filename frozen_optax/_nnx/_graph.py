@@ -54,6 +54,14 @@ def is_module(node: PyTree) -> bool:
     return _is_node(node) or is_variable(node)
 
 
+def key_of(entry: Any) -> Any:
+    """A key of a path, as jax has it, as NNX has it: a name or an index."""
+    for field in ("key", "idx", "name"):
+        if hasattr(entry, field):
+            return getattr(entry, field)
+    return str(entry)
+
+
 def _items(node: Any) -> Iterator[tuple[Any, Any]] | None:
     """The keys and children of what may hold a Variable; None of anything else."""
     if isinstance(node, (list, tuple)):
@@ -65,7 +73,11 @@ def _items(node: Any) -> Iterator[tuple[Any, Any]] | None:
         return iter(node.items())
     if _is_node(node):
         return ((k, v) for k, v in vars(node).items() if not k.startswith(_MARKS))
-    return None
+    if jax.tree_util.all_leaves([node]):
+        return None
+    # Any other node that jax knows, a dataclass for example.
+    flat, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+    return ((key_of(path[0]), child) for path, child in flat)
 
 
 def variables_at(
@@ -84,7 +96,6 @@ def variables_at(
 
 def flat_state(state: PyTree) -> list[tuple[Path, Any]]:
     """Paths and Variables of what `nnx.split` returns as the state, in its order."""
-    key_of = lambda entry: getattr(entry, "key", getattr(entry, "idx", None))
     flat = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable)
     return [(tuple(map(key_of, path)), node) for path, node in flat]
 
@@ -94,36 +105,66 @@ class Structure:
 
     What NNX itself does at each call, to walk all modules in Python, costs many times a step of
     1,000 leaves. Here the attributes of all modules are compared with those that there were, object
-    by object, without a line of Python for each. Names are not: an attribute that is renamed, and
-    holds what it held, does not change what is computed. Nor is what a Variable says of itself.
+    by object, and so are the types of modules and Variables, and what these say of themselves. It
+    is done without a line of Python for each module.
+
+    Attributes:
+      is_known: whether all can be seen in this way. A node that NNX does not know, such as a
+        dataclass, may be changed in place by nobody knows which means.
     """
 
     def __init__(self, modules: Sequence[Any]):
+        self.is_known = True
         self._containers: list[Collection[Any]] = []
+        self._mappings: list[Mapping[Any, Any]] = []
+        self._variables: list[Any] = []
+        self._nodes: list[Any] = []
         seen: set[int] = set()
         pending: list[Any] = list(modules)
         while pending:
             node = pending.pop()
-            if is_variable(node) or id(node) in seen:
+            if id(node) in seen:
                 continue
             seen.add(id(node))
-            if isinstance(node, Mapping) or _is_node(node):
+            if is_variable(node):
+                self._variables.append(node)
+            elif isinstance(node, Mapping) or _is_node(node):
                 # Of a mapping of another kind (nnx.State) it is what it stores that stays.
                 held = node if isinstance(node, dict) else vars(node)
+                if not any(node is module for module in modules):  # which it must not keep alive
+                    self._nodes.append(node)
+                self._mappings.append(held)
                 self._containers.append(held.values())  # a live view of what is there
                 pending += (each for key, each in held.items() if not str(key).startswith(_MARKS))
             elif isinstance(node, (list, tuple)):
                 if isinstance(node, list):  # a tuple never holds anything else
                     self._containers.append(node)
                 pending += node
+            elif not jax.tree_util.all_leaves([node]) and node is not None:
+                self.is_known = False
+        self._metadata_of = operator.methodcaller("get_metadata")
         self._children = list(itertools.chain.from_iterable(self._containers))
+        self._facts = self._look()
+        # Those of this moment, and not the very dicts, which may be changed in place.
+        self._metadata = list(map(dict, map(self._metadata_of, self._variables)))
+
+    def _look(self) -> tuple[list[Any], ...]:
+        """What is compared as a whole: sizes, names, types."""
+        return (
+            list(map(len, self._containers)),
+            list(map(tuple, self._mappings)),
+            list(map(type, self._nodes)),
+            list(map(type, self._variables)),
+        )
 
     def is_unchanged(self) -> bool:
-        """Whether each container holds the very objects that it held, and no others."""
-        if sum(map(len, self._containers)) != len(self._children):
+        """Whether each container holds the very objects that it held, by the same names."""
+        if self._look() != self._facts:
             return False
         children = itertools.chain.from_iterable(self._containers)
-        return all(map(operator.is_, children, self._children))
+        if not all(map(operator.is_, children, self._children)):
+            return False
+        return list(map(self._metadata_of, self._variables)) == self._metadata
 
 
 # --- which of them are frozen

@@ -11,7 +11,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import jax
@@ -32,7 +32,7 @@ from frozen_optax._nnx._graph import (
 )
 from frozen_optax._selectors import Reads, Selector, reads
 from frozen_optax._signature import Signature, as_list
-from frozen_optax._trees import Memory, View, keystr
+from frozen_optax._trees import View, keystr
 from frozen_optax._typing import PyTree, TreeDef
 
 P = ParamSpec("P")
@@ -187,6 +187,14 @@ def _frozen_in(
     """Which of the Variables in the state of some modules are frozen. No other than parameters."""
     frozen = frozen_among(selector, parameters_of(model, wrt))
     at = dict(variables_at(list(modules)))
+    is_parameter = nnx.filterlib.to_predicate(wrt)
+    for path, node in flat_state(state):
+        if at.get(path) is None and is_variable(node) and is_parameter(path[1:], node):
+            raise ValueError(
+                f"the parameter {'/'.join(map(str, path[1:]))!r} stands in a node of another kind "
+                "than modules, lists, dicts and pytrees, in which it cannot be told whether it is "
+                "frozen."
+            )
     return tuple(frozen.get(id(at.get(path)), False) for path, _ in flat_state(state))
 
 
@@ -203,11 +211,13 @@ def _of_row(fun: Callable[..., Any], selector: Selector, wrt: Any) -> Callable[.
             if _frozen_in(selector, wrt, model, modules, row.state()) != layout.frozen:
                 raise _Outdated
         result = fun(*given[0], **given[1])
+        own = {id(variable) for _, variable in variables_at(list(modules))}
         for node in jax.tree.leaves(result, is_leaf=is_module):
-            if is_module(node):
+            if id(node) in own or (is_module(node) and not is_variable(node)):
                 raise TypeError(
-                    f"the step returns {type(node).__name__}, a module, and modules are changed in "
-                    "place: the caller has it. Return what else there is, or nothing."
+                    f"the step returns {type(node).__name__}, a module or a part of one, and "
+                    "modules are changed in place: the caller has it. Return what else there is, "
+                    "or nothing."
                 )
         graphdef, state = nnx.split(modules)
         if graphdef != layout.graphdef or jax.tree.structure(state) != layout.treedef:
@@ -264,27 +274,40 @@ class _Known:
         self,
         layout: _Layout,
         modules: Sequence[Any],
+        places: TreeDef,
+        structure: Structure,
         variables: Sequence[Any],
         drop: Callable[[Any], None],
     ):
         self._layout = layout
+        self._places = places
         self._variables = variables
         self._raw_value = raw_value_getter()
-        self._structure = Structure(modules)
+        self._structure = structure
+        self._holding = jax.tree.structure(self._values())
         self._roots = [weakref.ref(module, drop) for module in modules]
         pairs = zip(variables, layout.frozen, strict=True)
         self._trained = [(i, variable) for i, (variable, frozen) in enumerate(pairs) if not frozen]
 
-    def are(self, modules: Sequence[Any]) -> bool:
-        """Whether these are the modules, and still put together as they were."""
-        if len(modules) != len(self._roots):
-            return False
-        pairs = zip(self._roots, modules, strict=True)
-        return all(root() is module for root, module in pairs) and self._structure.is_unchanged()
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a step looks at its modules anew."""
+        return
 
-    def row(self) -> _Row:
-        """What the Variables hold."""
-        return _Row(list(map(self._raw_value, self._variables)), self._layout)
+    def _values(self) -> list[PyTree]:
+        return list(map(self._raw_value, self._variables))
+
+    def row(self, modules: Sequence[Any], places: TreeDef) -> _Row | None:
+        """What the Variables hold, if these are the modules, still put together as they were.
+
+        They have to stand at the same places of the arguments: the first is the one that is frozen.
+        """
+        if places != self._places:
+            return None
+        pairs = zip(self._roots, modules, strict=True)
+        if not (all(root() is module for root, module in pairs) and self._structure.is_unchanged()):
+            return None
+        values = self._values()
+        return _Row(values, self._layout) if jax.tree.structure(values) == self._holding else None
 
     def put(self, row: _Row) -> None:
         """Puts what a step has made into the Variables that are not frozen."""
@@ -313,7 +336,7 @@ class NnxStep(Generic[P, R]):
         self._of_row = _of_row(fun, selector, wrt)
         options = _of_row_options(fun, options)
         self._step = Step(self._of_row, _InRow(selector), None, discard, options)
-        self._layouts: Memory[_Layout] = Memory()
+        self._layouts: dict[Hashable, _Layout] = {}  # one for each that is compiled
         self._known: _Known | None = None
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -337,33 +360,47 @@ class NnxStep(Generic[P, R]):
         self._step.clear_cache()
 
     def _run(self, step: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        modules, (others, named) = _take_modules((args, kwargs))
-        row, put = self._look(modules, (args, kwargs))
+        modules, others = _take_modules((args, kwargs))
+        row, put = self._look(modules, others, (args, kwargs))
         try:
-            row, result = step(row, *others, **named)
+            row, result = step(row, *others[0], **others[1])
         except _Outdated:
             self._known = None
-            row, put = self._look(modules, (args, kwargs))
-            row, result = step(row, *others, **named)
+        else:
+            put(row)
+            return result
+        row, put = self._look(modules, others, (args, kwargs))
+        try:
+            row, result = step(row, *others[0], **others[1])
+        except _Outdated:
+            raise ValueError(
+                f"what {self._selector!r} freezes of these modules is not what it freezes of them "
+                "in a trace, where arrays on the host have other dtypes: 32 bits where 64 are not "
+                "enabled. Put jnp.asarray(...) of them into their Variables."
+            ) from None
         put(row)
         return result
 
     def _stage(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Stage:
-        modules, (others, named) = _take_modules((args, kwargs))
-        row, _ = self._look(modules, (args, kwargs))
-        return Stage(getattr(self._step, method)(row, *others, **named), self._run)
+        modules, others = _take_modules((args, kwargs))
+        row, _ = self._look(modules, others, (args, kwargs))
+        return Stage(getattr(self._step, method)(row, *others[0], **others[1]), self._run)
 
     def _look(
-        self, modules: Sequence[Any], arguments: Arguments
+        self, modules: Sequence[Any], others: Arguments, arguments: Arguments
     ) -> tuple[_Row, Callable[[_Row], None]]:
         """The row of the modules, and how to put the next one into them."""
-        if self._known is not None and self._known.are(modules):
-            return self._known.row(), self._known.put
+        places = jax.tree.structure(others)
+        known = self._known  # once, as another thread may replace it
+        if known is not None and (row := known.row(modules, places)) is not None:
+            return row, known.put
         row = self._row(modules, arguments, self._selector)
         at = dict(variables_at(list(modules)))
         variables = [at.get(path) for path, _ in flat_state(row.state())]
+        structure = Structure(modules)
         is_slow = (
-            any(variable is None for variable in variables)  # an array is itself an attribute
+            not structure.is_known
+            or any(variable is None for variable in variables)  # an array is itself an attribute
             or any(map(is_variable, modules))  # which no weak reference can be made to
             or reads(self._selector) is Reads.VALUES
         )
@@ -375,8 +412,9 @@ class NnxStep(Generic[P, R]):
             if (step := owner()) is not None:
                 step._known = None
 
-        self._known = _Known(row.layout, modules, variables, drop)
-        return row, self._known.put
+        known = _Known(row.layout, modules, places, structure, variables, drop)
+        self._known = known
+        return row, known.put
 
     def _row(self, modules: Sequence[Any], arguments: Arguments, selector: Selector) -> _Row:
         """The row of the modules, as NNX takes them apart."""
@@ -390,12 +428,17 @@ class NnxStep(Generic[P, R]):
         ]
         layout = _Layout(graphdef, jax.tree.structure(state), tuple(paths), frozen)
         key = (layout.graphdef, layout.treedef, layout.paths, layout.frozen)
-        layout = self._layouts.get(key) or self._layouts.keep(key, layout)
+        layout = self._layouts.setdefault(key, layout)
         return _Row.of_state(state, layout)
 
     def opened(
-        self, args: Sequence[Any], selector: Selector
+        self, args: Sequence[Any], selector: Selector, wrt: Any = None
     ) -> tuple[Callable[..., Any], tuple[Any, ...], Selector]:
         """The step as a function of arrays, its arguments, and what is frozen of the first."""
+        if wrt is not None and wrt != self._wrt:
+            raise ValueError(
+                f"the filter was made with wrt={wrt!r}, and the step with wrt={self._wrt!r}. Say "
+                "the same to both."
+            )
         modules, (others, _) = _take_modules((args, {}))
         return self._of_row, (self._row(modules, (args, {}), selector), *others), _InRow(selector)
