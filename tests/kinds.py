@@ -76,4 +76,4 @@ def each(always: Collection[str]) -> list[Any]:
     ]
 
 
-EACH, EACH_OF_FEW = each(KINDS), each(FEW)
+EACH_OF_FEW = each(FEW)
