@@ -12,8 +12,9 @@ from jax.extend.core import JaxprEqn
 from frozen_optax._trees import is_mutable
 
 Jaxpr: TypeAlias = jex.core.Jaxpr
-# With its constants or without: versions of jax have one class for both, or two.
-Program: TypeAlias = jex.core.Jaxpr
+# With its constants or without: versions of jax have one class for both, or two. The newest names
+# but one.
+Program: TypeAlias = Any
 
 
 def opened(program: Program) -> tuple[Jaxpr, Sequence[Any]]:

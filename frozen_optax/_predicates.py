@@ -12,7 +12,7 @@ import numpy as np
 
 from frozen_optax._messages import quoted
 from frozen_optax._selectors import Reads, Selector, name_of
-from frozen_optax._trees import View, is_number, keystr
+from frozen_optax._trees import View, is_number, key_of
 from frozen_optax._typing import Leaf
 
 
@@ -115,7 +115,7 @@ class ByNnxFilter(ByPredicate):
         return super()._select(view)
 
     def _arguments(self, view: View) -> Iterator[tuple[Any, Leaf]]:
-        keys = (tuple(map(_key_of, path)) for path in view.keys)
+        keys = (tuple(map(key_of, path)) for path in view.keys)
         return zip(keys, view.specs, strict=True)
 
     @property
@@ -133,11 +133,3 @@ def _asks_for_type(predicate: Callable[..., bool]) -> bool:
         return True
     parts = [*getattr(predicate, "predicates", ()), getattr(predicate, "predicate", None)]
     return any(_asks_for_type(part) for part in parts if part is not None)
-
-
-def _key_of(entry: Any) -> Any:
-    """A key of a path as NNX has it: a name or an index."""
-    for field in ("key", "idx", "name"):
-        if hasattr(entry, field):
-            return getattr(entry, field)
-    return keystr((entry,))

@@ -90,6 +90,14 @@ def keystr(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def key_of(entry: Any) -> Any:
+    """A key of a path, as jax has it, as NNX has it: a name or an index."""
+    for field in ("key", "idx", "name"):
+        if hasattr(entry, field):
+            return getattr(entry, field)
+    return keystr((entry,))
+
+
 def variable_type() -> Any:
     """`nnx.Variable`, or no type at all: one cannot exist before its module is imported."""
     nnx = sys.modules.get("flax.nnx")

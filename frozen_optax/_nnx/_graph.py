@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from frozen_optax._selectors import Selector, resolve
-from frozen_optax._trees import describe
+from frozen_optax._trees import describe, key_of
 from frozen_optax._typing import PyTree
 
 Path = tuple[Any, ...]  # of keys, as NNX has them: names and indices
@@ -36,8 +36,8 @@ def raw_value_getter() -> Callable[[Any], PyTree]:
 def metadata_getter() -> Callable[[Any], dict[str, Any]]:
     """A function that reads what a Variable says of itself: hooks, tags, shardings.
 
-    NNX's own makes a copy, which takes four times as long. It is what is called where NNX keeps it
-    elsewhere.
+    This is done for each Variable at each call, and NNX's own function makes a copy. It is what is
+    called where NNX keeps it elsewhere.
     """
     if "_var_metadata" in getattr(nnx.Variable, "__slots__", ()):
         return operator.attrgetter("_var_metadata")
@@ -63,14 +63,6 @@ def is_variable(node: PyTree) -> bool:
 def is_module(node: PyTree) -> bool:
     """Whether `node` is one of what a step of NNX changes in place."""
     return _is_node(node) or is_variable(node)
-
-
-def key_of(entry: Any) -> Any:
-    """A key of a path, as jax has it, as NNX has it: a name or an index."""
-    for field in ("key", "idx", "name"):
-        if hasattr(entry, field):
-            return getattr(entry, field)
-    return str(entry)
 
 
 def _items(node: Any) -> Iterator[tuple[Any, Any]] | None:

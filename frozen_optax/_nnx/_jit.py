@@ -12,13 +12,14 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 
 from frozen_optax._jit import Stage, Step
+from frozen_optax._messages import quoted
 from frozen_optax._nnx._graph import (
     Structure,
     flat_state,
@@ -32,7 +33,7 @@ from frozen_optax._nnx._graph import (
 )
 from frozen_optax._selectors import Reads, Selector, reads
 from frozen_optax._signature import Signature, as_list
-from frozen_optax._trees import View, keystr
+from frozen_optax._trees import View, join, keystr
 from frozen_optax._typing import PyTree, TreeDef
 
 P = ParamSpec("P")
@@ -157,20 +158,17 @@ def _first(fun: Callable[..., Any], arguments: Arguments) -> Any:
 
 
 def _names(fun: Callable[..., Any], arguments: Arguments) -> list[str]:
-    """What to call the modules: by argument, and not at all if it is the first of them."""
-    args, _ = arguments
+    """What to call the modules, in their order: by argument, of which the first has no name."""
+    args, kwargs = arguments
     signature = Signature(fun)
+    by_name = {signature.name(argnum): arg for argnum, arg in enumerate(args)}
+    by_name |= dict(sorted(kwargs.items()))
+    first = signature.name(0)
     names: list[str] = []
-    for path, node in jax.tree_util.tree_leaves_with_path(arguments, is_leaf=is_module):
-        if not is_module(node):
-            continue
-        argument, inside = path[1], keystr(path[2:])
-        is_positional = path[0].idx == 0
-        name = signature.name(argument.idx) if is_positional else keystr((argument,))
-        is_first = argument.idx == 0 if is_positional else not args and [name] == (
-            signature.positional[:1]
-        )  # fmt: skip
-        names.append("/".join(filter(None, ("" if is_first else name, inside))))
+    for name, argument in by_name.items():
+        for path, node in jax.tree_util.tree_leaves_with_path(argument, is_leaf=is_module):
+            if is_module(node):
+                names.append(join("" if name == first else name, keystr(path)))
     return names
 
 
@@ -198,6 +196,29 @@ def _frozen_in(
     return tuple(frozen.get(id(at.get(path)), False) for path, _ in flat_state(state))
 
 
+def _refuse_modules(result: PyTree, modules: Sequence[Any]) -> None:
+    """Raise where a step returns what it was given to be changed in place."""
+    own = {id(variable) for _, variable in variables_at(list(modules))}
+    for path, node in jax.tree_util.tree_leaves_with_path(result, is_leaf=is_module):
+        if id(node) in own or (is_module(node) and not is_variable(node)):
+            raise TypeError(
+                f"the step returns {type(node).__name__}, a module or a part of one, at "
+                f"{keystr(path) or 'the root'!r} of its result, and modules are changed in place: "
+                "the caller has it. Return what else there is, or nothing."
+            )
+
+
+def _refuse_other_structure(before: PyTree, after: PyTree) -> NoReturn:
+    """Raise for a step that puts modules together anew, with the Variables that tell of it."""
+    paths = [{"/".join(map(str, path[1:])) for path, _ in flat_state(s)} for s in (before, after)]
+    changed = sorted(paths[0] ^ paths[1])
+    what = f"Variables come or go: {quoted(changed)}" if changed else "an attribute is set"
+    raise ValueError(
+        f"the step puts its modules together in another way: {what} (as by sow, or model.eval()). "
+        "It may change what Variables hold; do the rest before the step."
+    )
+
+
 def _of_row(fun: Callable[..., Any], selector: Selector, wrt: Any) -> Callable[..., Any]:
     """A step that changes modules in place, as a function of the row that returns the next one."""
 
@@ -211,21 +232,10 @@ def _of_row(fun: Callable[..., Any], selector: Selector, wrt: Any) -> Callable[.
             if _frozen_in(selector, wrt, model, modules, row.state()) != layout.frozen:
                 raise _Outdated
         result = fun(*given[0], **given[1])
-        own = {id(variable) for _, variable in variables_at(list(modules))}
-        for node in jax.tree.leaves(result, is_leaf=is_module):
-            if id(node) in own or (is_module(node) and not is_variable(node)):
-                raise TypeError(
-                    f"the step returns {type(node).__name__}, a module or a part of one, and "
-                    "modules are changed in place: the caller has it. Return what else there is, "
-                    "or nothing."
-                )
+        _refuse_modules(result, modules)
         graphdef, state = nnx.split(modules)
         if graphdef != layout.graphdef or jax.tree.structure(state) != layout.treedef:
-            raise ValueError(
-                "the step puts its modules together in another way: a Variable comes or goes (by "
-                "sow, say), or an attribute is set (by model.eval()). It may change what Variables "
-                "hold; do the rest before the step."
-            )
+            _refuse_other_structure(row.state(), state)
         return _Row.of_state(state, layout), result
 
     if parameters := Signature(fun).parameters:
@@ -423,8 +433,7 @@ class NnxStep(Generic[P, R]):
         frozen = _frozen_in(selector, self._wrt, model, modules, state)
         names = _names(self.__wrapped__, arguments)
         paths = [
-            "/".join(filter(None, (names[index], *map(str, path))))
-            for (index, *path), _ in flat_state(state)
+            join(names[index], "/".join(map(str, path))) for (index, *path), _ in flat_state(state)
         ]
         layout = _Layout(graphdef, jax.tree.structure(state), tuple(paths), frozen)
         key = (layout.graphdef, layout.treedef, layout.paths, layout.frozen)

@@ -66,8 +66,8 @@ def _zero_in_words(update: Result, leaf: Any) -> str | None:
     """What an update of a leaf is, if it is proved to be none."""
     if update.output is None:
         found = update.at_hand
-        is_absent = found is None or is_hole(found)
-        if is_absent or getattr(found, "dtype", None) == jax.dtypes.float0:
+        is_float0 = getattr(found, "dtype", None) == jax.dtypes.float0
+        if found is None or is_hole(found) or is_float0:
             return "absent"
         dtype, shape = (spec(found).dtype if is_number(found) else None), np.shape(found)
         possible = _constants.of_array(found, dtype)
