@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from frozen_optax._trees import Resolution, describe, is_hole, is_number, is_traced
+from frozen_optax._resolution import Resolution
+from frozen_optax._trees import describe, is_hole, is_number, is_traced
 from frozen_optax._typing import Array, DType, Leaf
 
 _UNSIGNED = {4: "uint4", 8: "uint8", 16: "uint16", 32: "uint32", 64: "uint64"}

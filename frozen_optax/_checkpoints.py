@@ -1,67 +1,42 @@
-"""Checkpoints of what was trained, to be joined with the backbone that it was trained on.
-
-On disk each save is a directory `trained_leaves_<number>` in the one that the user names, written
-by a `CheckpointManager` of Orbax: it appears at once when it is complete, and the one before it
-goes after that. So there is always the old or the new one, and what a killed save has left is told
-by its name. In it Orbax keeps the trained leaves as a flat dictionary, and beside them a manifest:
-their digests, and those of the frozen leaves.
-"""
+"""Checkpoints of what was trained, to be joined with the backbone that it was trained on."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import hashlib
-import itertools
-import json
 import os
-import re
-import urllib.parse
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from frozen_optax import _bits
-from frozen_optax._fingerprints import digests, kind
+from frozen_optax._checkpoint_files import (
+    Manifest,
+    Place,
+    digests_of,
+    directory_of,
+    entries_of,
+    last_save,
+    manager_of,
+    read,
+    read_manifest,
+    saves_in,
+    to_store,
+    write,
+)
+from frozen_optax._fingerprints import kind
 from frozen_optax._messages import Fault, listed, quoted
 from frozen_optax._selection import resolve_frozen
 from frozen_optax._trees import is_number, is_traced
-from frozen_optax._typing import Array, DType, Frozen, Leaf, PyTree, Where
+from frozen_optax._typing import Frozen, PyTree, Where
 from frozen_optax._variables import refuse_tied
 from frozen_optax._where import named_leaves
 
-_FORMAT = "frozen_optax: trained leaves, 1"
-_PREFIX = "trained_leaves"
-_OURS = re.compile(rf"{_PREFIX}_\d+(\.orbax-checkpoint-tmp.*)?|\..*")  # or hidden, as .DS_Store is
 
-# What Orbax keeps to the bit, from the oldest version that is supported to the newest. All else is
-# handed to it as unsigned integers: it refuses uint4 and float8_e4m3 and has int4 and float8_e5m2,
-# which the next version may see another way, and it turns numbers of another byte order around.
-_INTEGERS = {f"{sign}int{width}" for sign in ("", "u") for width in (8, 16, 32, 64)}
-_FLOATS = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
-_AS_IT_IS = frozenset(_INTEGERS | _FLOATS | {"bool"})
-
-_bits_on_device = jax.jit(_bits.bits)
-_of_bits_on_device = jax.jit(_bits.of_bits, static_argnums=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """A leaf that has a value, and where it stands among all leaves of the tree."""
-
-    index: int
-    path: str
-    leaf: Leaf
-
-
-def _places(where: Where | None, tree: PyTree) -> list[_Place]:
+def _places(where: Where | None, tree: PyTree) -> list[Place]:
     """The leaves that `where` names, without what has no bits to keep, such as functions."""
     refuse_tied(tree)
     leaves = jax.tree.leaves(tree)
-    places = [_Place(index, path, leaves[index]) for index, path in named_leaves(where, tree)]
+    places = [Place(index, path, leaves[index]) for index, path in named_leaves(where, tree)]
     for place in places:
         if is_traced(place.leaf):
             raise TypeError(
@@ -71,70 +46,10 @@ def _places(where: Where | None, tree: PyTree) -> list[_Place]:
     return [place for place in places if is_number(place.leaf)]
 
 
-def _refuse_structs(places: Sequence[_Place], what_to_do: str) -> None:
+def _refuse_structs(places: Sequence[Place], what_to_do: str) -> None:
     for place in places:
         if isinstance(place.leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{place.path!r} has no values, it is {place.leaf}. {what_to_do}")
-
-
-def _dtype(leaf: Leaf) -> DType:
-    return leaf.dtype if _bits.is_array(leaf) else np.asarray(leaf).dtype
-
-
-def _is_spread(leaf: Leaf) -> bool:
-    """Whether a leaf lies on several devices, and is not to be gathered on the host.
-
-    With several processes, an array that one of them has for itself is no part of a larger one.
-    Each has its own, and the first of them writes it.
-    """
-    sharding = getattr(leaf, "sharding", None)  # a struct may have none
-    if sharding is None or _bits.is_key(leaf):
-        return False
-    if _bits.width(leaf.dtype) == 6:  # whose bits no compiled function can read
-        return False
-    if not sharding.is_fully_addressable:
-        return True
-    return len(sharding.device_set) > 1 and jax.process_count() == 1
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """What the manifest says of a trained leaf.
-
-    Attributes:
-      path: its path; several leaves may share one.
-      digest: of its bits, as in a fingerprint.
-      name: under which Orbax has it; none if it has no elements, which Orbax refuses.
-      as_bits: whether it is there as unsigned integers.
-    """
-
-    path: str
-    digest: str
-    name: str | None
-    as_bits: bool
-
-    @property
-    def kind(self) -> str:
-        """Its dtype and shape."""
-        return self.digest.rpartition(" ")[0]
-
-
-def _digests(places: Sequence[_Place]) -> list[str]:
-    return digests([(place.path, place.leaf) for place in places])
-
-
-def _entries(places: Sequence[_Place]) -> list[_Entry]:
-    found: list[_Entry] = []
-    taken: set[str] = set()
-    for place, digest in zip(places, _digests(places), strict=True):
-        # Orbax makes directories of slashes, and mixes up `a` and `a/0`; "%" stands for the root.
-        quoted_path = urllib.parse.quote(place.path, safe="") or "%"
-        numbered = (f"{quoted_path}#{number}" for number in itertools.count(2))
-        names = itertools.chain([quoted_path], numbered)
-        name = next(name for name in names if name not in taken) if np.size(place.leaf) else None
-        taken.add(name or "")
-        found.append(_Entry(place.path, digest, name, str(_dtype(place.leaf)) not in _AS_IT_IS))
-    return found
 
 
 def _grouped(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
@@ -142,77 +57,6 @@ def _grouped(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     for path, digest in pairs:
         found.setdefault(path, []).append(digest)
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Manifest:
-    """What a checkpoint says of itself: the trained leaves, and of each frozen path the digests."""
-
-    trained: list[_Entry]
-    frozen: dict[str, list[str]]
-
-    def to_json(self) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "format": _FORMAT,
-            "trained": [dataclasses.asdict(entry) for entry in self.trained],
-            "frozen": self.frozen,
-        }
-        return body | {"sha256": _sha256(body)}
-
-    @classmethod
-    def of_json(cls, body: dict[str, Any]) -> _Manifest:
-        """Raises anything at all where it is none."""
-        if body["format"] != _FORMAT:
-            raise ValueError(
-                f"its format is {body['format']!r}, and this version of frozen_optax reads "
-                f"{_FORMAT!r}"
-            )
-        if body.pop("sha256") != _sha256(body):
-            raise ValueError("its manifest is not the one that was written")
-        return cls([_Entry(**entry) for entry in body["trained"]], body["frozen"])
-
-
-def _sha256(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _directory(path: str | os.PathLike[str]) -> str:
-    """An absolute path, which Orbax asks for; one with a scheme is."""
-    text = os.fspath(path)
-    return text if "://" in text else os.path.abspath(text)
-
-
-def _manager(directory: str, *, to_save: bool = False) -> Any:
-    """Orbax's keeper of a directory of saves; it makes and removes nothing unless it is to save."""
-    import orbax.checkpoint as ocp
-
-    options = ocp.CheckpointManagerOptions(
-        step_prefix=_PREFIX,
-        max_to_keep=1,
-        create=to_save,
-        cleanup_tmp_directories=to_save,
-        enable_async_checkpointing=False,
-    )
-    return ocp.CheckpointManager(directory, options=options, item_names=("manifest", "leaves"))
-
-
-def _saves(manager: Any) -> list[int]:
-    """The numbers of the complete saves in a directory, which has nothing else in it."""
-    root = manager.directory  # of etils, which knows buckets, too
-    if root.exists() and not root.is_dir():
-        raise ValueError(
-            f"{str(root)!r} is a file, and a checkpoint of save_trained is a directory. Give "
-            "another path."
-        )
-    names = [each.name for each in root.iterdir()] if root.exists() else []
-    foreign = sorted(name for name in names if not _OURS.fullmatch(name))
-    if foreign:
-        raise ValueError(
-            f"{str(root)!r} is no checkpoint of save_trained: {quoted(foreign)} in it is none of "
-            "its own. Give another path, one of a directory that save_trained has made or is to "
-            "make."
-        )
-    return list(manager.all_steps())
 
 
 def save_trained(
@@ -274,40 +118,22 @@ def save_trained(
             f"a trained and a frozen leaf share the path {both[0]!r}, and leaves are loaded by "
             "path. Give one of them another name."
         )
-    directory = _directory(path)
-    with _manager(directory) as manager:
-        saves = _saves(manager)
+    directory = directory_of(path)
+    with manager_of(directory) as manager:
+        saves = saves_in(manager)
     if saves and not overwrite:
         raise FileExistsError(
             f"there is a checkpoint at {directory!r}. Write overwrite=True to replace it, or give "
             "another path."
         )
-    frozen_digests = zip((place.path for place in kept), _digests(kept), strict=True)
-    manifest = _Manifest(_entries(trained), _grouped(list(frozen_digests)))
+    frozen_digests = zip((place.path for place in kept), digests_of(kept), strict=True)
+    manifest = Manifest(entries_of(trained), _grouped(list(frozen_digests)))
     stored = {
-        entry.name: _to_store(place.leaf, entry.as_bits)
+        entry.name: to_store(place.leaf, entry.as_bits)
         for place, entry in zip(trained, manifest.trained, strict=True)
         if entry.name
     }
-    _write(directory, max(saves, default=-1) + 1, manifest, stored)
-
-
-def _to_store(leaf: Leaf, as_bits: bool) -> Array:
-    """A leaf as Orbax keeps it."""
-    if _is_spread(leaf):
-        return _bits_on_device(leaf) if as_bits else leaf
-    host = leaf if _bits.is_key(leaf) else np.asarray(leaf)
-    return _bits.bits(host) if as_bits else host
-
-
-def _write(directory: str, number: int, manifest: _Manifest, stored: dict[str, Array]) -> None:
-    import orbax.checkpoint as ocp
-
-    items: dict[str, Any] = {"manifest": ocp.args.JsonSave(manifest.to_json())}
-    if stored:  # Orbax refuses an empty tree
-        items["leaves"] = ocp.args.PyTreeSave(stored)
-    with _manager(directory, to_save=True) as manager:
-        manager.save(number, args=ocp.args.Composite(**items), force=True)
+    write(directory, max(saves, default=-1) + 1, manifest, stored)
 
 
 def load_trained(
@@ -351,60 +177,26 @@ def load_trained(
         encoder: float32[2] ... here, float32[2] ... there
       Load the backbone first ...
     """
-    directory = _directory(path)
+    directory = directory_of(path)
     places = _places(where, params)
-    with _manager(directory) as manager:
-        number = _last_save(manager)
-        manifest = _read_manifest(manager, number)
+    with manager_of(directory) as manager:
+        number = last_save(manager)
+        manifest = read_manifest(manager, number)
         _require_fit(directory, manifest, places)
         _require_backbone(directory, manifest, [p for p in places if p.path in manifest.frozen])
-        by_path: dict[str, list[_Place]] = {}
+        by_path: dict[str, list[Place]] = {}
         for place in places:
             by_path.setdefault(place.path, []).append(place)
         trained = [by_path[entry.path].pop(0) for entry in manifest.trained]
         _require_precision(directory, trained)
-        found = _read(manager, number, manifest, trained)
+        found = read(manager, number, manifest, trained)
     leaves = jax.tree.leaves(params)
     for place, leaf in zip(trained, found, strict=True):
         leaves[place.index] = leaf
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _last_save(manager: Any) -> int:
-    saves = _saves(manager)
-    if saves:
-        return max(saves)
-    directory = str(manager.directory)
-    if manager.directory.exists():
-        raise ValueError(
-            f"there is no complete checkpoint at {directory!r}: it is empty, or the save was "
-            "killed before its end. Save again."
-        )
-    raise FileNotFoundError(
-        f"there is no checkpoint at {directory!r}. Give the path that was given to save_trained."
-    )
-
-
-def _unreadable(manager: Any, reason: object) -> ValueError:
-    first_line = (str(reason) or type(reason).__name__).splitlines()[0]
-    return ValueError(
-        f"the checkpoint at {str(manager.directory)!r} cannot be read, it is damaged or was "
-        f"removed meanwhile: {first_line}\n"
-        "Take another copy of it, or save again with overwrite=True."
-    )
-
-
-def _read_manifest(manager: Any, number: int) -> _Manifest:
-    import orbax.checkpoint as ocp
-
-    args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-    try:
-        return _Manifest.of_json(manager.restore(number, args=args)["manifest"])
-    except Exception as error:  # of Orbax, of what it is built on, or of what is read
-        raise _unreadable(manager, error) from error
-
-
-def _require_fit(directory: str, manifest: _Manifest, places: Sequence[_Place]) -> None:
+def _require_fit(directory: str, manifest: Manifest, places: Sequence[Place]) -> None:
     """Raise where `params` has other paths, shapes or dtypes than the checkpoint."""
     there = _grouped([(entry.path, entry.kind) for entry in manifest.trained])
     state = dict.fromkeys(there, "trained") | dict.fromkeys(manifest.frozen, "frozen")
@@ -436,11 +228,11 @@ def _require_fit(directory: str, manifest: _Manifest, places: Sequence[_Place]) 
         raise ValueError("\n".join(lines))
 
 
-def _require_backbone(directory: str, manifest: _Manifest, kept: Sequence[_Place]) -> None:
+def _require_backbone(directory: str, manifest: Manifest, kept: Sequence[Place]) -> None:
     _refuse_structs(kept, "It was frozen, so the checkpoint has none: load the backbone first.")
     expected = {path: iter(entry) for path, entry in manifest.frozen.items()}
     faults: list[Fault] = []
-    for place, here in zip(kept, _digests(kept), strict=True):
+    for place, here in zip(kept, digests_of(kept), strict=True):
         there = next(expected[place.path])
         if here != there:
             faults.append(Fault(place.path, f"{here} here, {there} there"))
@@ -457,7 +249,7 @@ def _require_backbone(directory: str, manifest: _Manifest, kept: Sequence[_Place
         raise ValueError("\n".join(lines))
 
 
-def _require_precision(directory: str, places: Sequence[_Place]) -> None:
+def _require_precision(directory: str, places: Sequence[Place]) -> None:
     for place in places:
         on_device = isinstance(place.leaf, (jax.Array, jax.ShapeDtypeStruct))
         if not on_device or _bits.is_key(place.leaf):
@@ -469,72 +261,3 @@ def _require_precision(directory: str, places: Sequence[_Place]) -> None:
                 "64-bit types are not enabled. Set jax_enable_x64, or pass an array of numpy in "
                 "its place."
             )
-
-
-def _read(manager: Any, number: int, manifest: _Manifest, places: Sequence[_Place]) -> list[Leaf]:
-    """The trained leaves, each as the leaf at its place asks for."""
-    import orbax.checkpoint as ocp
-
-    pairs = list(zip(places, manifest.trained, strict=True))
-    how = {entry.name: _restore_args(place.leaf, entry) for place, entry in pairs if entry.name}
-    try:
-        stored: dict[str | None, Array] = {}
-        if how:
-            leaves = ocp.args.PyTreeRestore(item=dict.fromkeys(how, 0), restore_args=how)
-            stored = manager.restore(number, args=ocp.args.Composite(leaves=leaves))["leaves"]
-        found = [_as_asked(place.leaf, stored.get(entry.name), entry) for place, entry in pairs]
-        read = digests([(place.path, leaf) for place, leaf in zip(places, found, strict=True)])
-    except Exception as error:
-        raise _unreadable(manager, error) from error
-    for entry, digest in zip(manifest.trained, read, strict=True):
-        if digest != entry.digest:
-            reason = f"{entry.path!r} was saved as {entry.digest} and reads as {digest}."
-            raise _unreadable(manager, reason)
-    return found
-
-
-def _restore_args(asked: Leaf, entry: _Entry) -> Any:
-    import orbax.checkpoint as ocp
-
-    if not _is_spread(asked):
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    dtype = _bits.bits(np.zeros(1, asked.dtype)).dtype if entry.as_bits else asked.dtype
-    return ocp.ArrayRestoreArgs(sharding=asked.sharding, dtype=dtype, global_shape=asked.shape)
-
-
-def _as_asked(asked: Leaf, stored: Array | None, entry: _Entry) -> Leaf:
-    """What was stored, as an array of the kind and on the devices of the leaf that is asked for."""
-    if _bits.is_key(asked):
-        return _put(_keys(asked, stored), asked)
-    dtype = _dtype(asked)
-    if isinstance(stored, jax.Array):
-        if not entry.as_bits:
-            return stored
-        return jax.device_put(_of_bits_on_device(stored, dtype), asked.sharding)
-    if stored is None:
-        value = np.zeros(np.shape(asked), dtype)
-    else:
-        value = _bits.of_bits(stored, dtype) if entry.as_bits else stored
-    if isinstance(asked, (jax.Array, jax.ShapeDtypeStruct)):
-        return _put(value, asked)
-    if isinstance(asked, np.ndarray):
-        return value
-    return value[()] if isinstance(asked, np.generic) else value.item()
-
-
-def _put(value: Array, asked: Leaf) -> jax.Array:
-    """An array where the one that is asked for lies; anywhere if that may lie anywhere."""
-    is_put = asked.committed if isinstance(asked, jax.Array) else asked.sharding is not None
-    return jax.device_put(value, asked.sharding) if is_put else jnp.asarray(value)
-
-
-def _keys(asked: Leaf, stored: Array | None) -> jax.Array:
-    if isinstance(asked, jax.Array):
-        impl = jax.random.key_impl(asked)
-    else:
-        known = ("threefry2x32", "rbg", "unsafe_rbg")
-        impl = next(name for name in known if jax.random.key(0, impl=name).dtype == asked.dtype)
-    if stored is None:
-        data = jax.random.key_data(jax.random.key(0, impl=impl))
-        stored = np.zeros((*asked.shape, *data.shape), data.dtype)
-    return jax.random.wrap_key_data(jnp.asarray(stored), impl=impl)

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from frozen_optax import _bits
-from frozen_optax._trees import Resolution, is_hole, is_number
+from frozen_optax._resolution import Resolution
+from frozen_optax._trees import is_hole, is_number
 from frozen_optax._typing import Array, Leaf, PyTree
 
 

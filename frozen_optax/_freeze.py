@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from frozen_optax import _bits
+from frozen_optax._resolution import Resolution
 from frozen_optax._selection import by_path, frozen_selector
 from frozen_optax._selectors import Reads, Selector, reads, resolve
-from frozen_optax._trees import Resolution
 from frozen_optax._typing import Frozen, Leaf, PyTree
 
 

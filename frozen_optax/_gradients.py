@@ -16,13 +16,10 @@ import optax
 
 from frozen_optax import _bits
 from frozen_optax._messages import quoted
+from frozen_optax._resolution import Resolution
 from frozen_optax._selection import frozen_selector
 from frozen_optax._selectors import resolve
-from frozen_optax._trees import (
-    Resolution,
-    describe,
-    require_same_structure,
-)
+from frozen_optax._trees import describe, require_same_structure
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree
 from frozen_optax._variables import refuse_changed
 

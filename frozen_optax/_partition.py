@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax
 import optax
 
+from frozen_optax._resolution import Resolution
 from frozen_optax._selection import resolve_frozen
-from frozen_optax._trees import Resolution, children, describe, is_hole, join
+from frozen_optax._trees import children, describe, is_hole, join
 from frozen_optax._typing import Frozen, PyTree
 
 

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 import jax
 import optax
 
-from frozen_optax._trees import Resolution, is_hole
+from frozen_optax._resolution import Resolution
+from frozen_optax._trees import is_hole
 from frozen_optax._typing import Leaf, PyTree, TreeDef
 
 # Objects with their hashes.

@@ -14,8 +14,8 @@ import optax
 
 from frozen_optax._masks import ByMask, as_bool, is_function
 from frozen_optax._predicates import ByNnxFilter, ByPredicate
+from frozen_optax._resolution import Resolution
 from frozen_optax._selectors import ByPath, Rest, Selector, Union, resolve
-from frozen_optax._trees import Resolution
 from frozen_optax._typing import Frozen, Leaf, PyTree, Where
 from frozen_optax._where import within
 

@@ -25,15 +25,8 @@ import numpy as np
 
 from frozen_optax._globs import Glob, nearest_paths
 from frozen_optax._messages import quoted
-from frozen_optax._trees import (
-    Memory,
-    Resolution,
-    View,
-    describe,
-    is_inexact_array,
-    objects_among,
-    spec,
-)
+from frozen_optax._resolution import Resolution
+from frozen_optax._trees import Memory, View, describe, is_inexact_array, objects_among, spec
 from frozen_optax._typing import Leaf, PyTree, TreeDef
 
 

@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 import jax
 
-from frozen_optax._trees import Memory, Resolution, is_hole, require_same_structure
+from frozen_optax._resolution import Resolution
+from frozen_optax._trees import Memory, is_hole, require_same_structure
 from frozen_optax._typing import Leaf, PyTree, TreeDef
 
 _MAX_FORMS = 256  # that a state may take

@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 import jax
 
 from frozen_optax._proofs._changes import refuse_discards
+from frozen_optax._resolution import Resolution
 from frozen_optax._rows import InputRow, as_row, combine_rows, leave_out
 from frozen_optax._selectors import Reads, Selector, reads, resolve
 from frozen_optax._signature import Arguments, Signature, as_list
-from frozen_optax._trees import Resolution
 from frozen_optax._typing import PyTree, Where
 from frozen_optax._where import successor_of
 

@@ -1,7 +1,4 @@
-"""Pytrees as the library walks them: paths, holes, how two structures compare.
-
-And a `Resolution`: how a choice of leaves lies over a tree.
-"""
+"""Pytrees as the library walks them: leaves, paths, holes, how two structures compare."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -312,7 +309,7 @@ def up_to(treedef: TreeDef, tree: PyTree, name: str, other: str = "the parameter
         pass
     # There is one hole for a whole subtree, or it is an error, and jax's own names no path.
     try:
-        return list(align(_numbered(treedef), tree))
+        return list(align(numbered(treedef), tree))
     except Mismatch as mismatch:
         path, expected, found = mismatch.args
         raise ValueError(
@@ -351,166 +348,6 @@ def require_same_structure(tree: PyTree, reference: PyTree, name: str, other: st
     )
 
 
-def _numbered(treedef: TreeDef) -> PyTree:
+def numbered(treedef: TreeDef) -> PyTree:
     """A tree of that structure."""
     return jax.tree.unflatten(treedef, range(treedef.num_leaves))
-
-
-def _has_only_holes(node: PyTree) -> bool:
-    inside = jax.tree.leaves(node, is_leaf=is_hole)
-    return bool(inside) and all(map(is_hole, inside))
-
-
-def _with_holes(tree: PyTree, is_gone: Callable[[PyTree], bool]) -> PyTree:
-    """A tree with a hole for each of the largest subtrees that are gone."""
-    left = lambda node: optax.MaskedNode() if is_gone(node) else node
-    return jax.tree.map(left, tree, is_leaf=is_gone)
-
-
-@dataclasses.dataclass(frozen=True)
-class Resolution:
-    """A selector's answer for one tree structure: `selected[i]` belongs to the leaf at `paths[i]`.
-
-    Of what is not selected there are two structures. `holed` has a hole for each selected leaf:
-    optax's masks, and anything else that walks the parameters' own structure, understand it.
-    `pruned` has one hole for a wholly selected subtree: nodes cost time at every call of a compiled
-    function, so this is what is stored.
-
-    Attributes:
-      treedef: the structure.
-      paths: of the leaves.
-      selected: whether each is selected.
-      has_holes: whether there are holes in the structure.
-      objects: the indices of those that are selected for what they are and not by a choice: leaves
-        that are no numbers, which nothing can train. In `holed` they are None, as they are in what
-        `eqx.filter` makes, so both give one optimizer state.
-    """
-
-    treedef: TreeDef
-    paths: tuple[str, ...]
-    selected: tuple[bool, ...]
-    has_holes: bool = dataclasses.field(default=False, compare=False)
-    objects: tuple[int, ...] = ()
-
-    def with_objects(self, objects: tuple[int, ...]) -> Resolution:
-        """The answer where these leaves are selected whatever the selector says."""
-        known = self._with_objects.get(objects)
-        if known is not None:
-            return known
-        selected = list(self.selected)
-        for index in objects:
-            selected[index] = True
-        made = dataclasses.replace(self, selected=tuple(selected), objects=objects)
-        return self._with_objects.keep(objects, made)
-
-    @functools.cached_property
-    def _with_objects(self) -> Memory[Resolution]:
-        return Memory()
-
-    @functools.cached_property
-    def numbers(self) -> tuple[bool, ...]:
-        """Whether each leaf is a number or an array of them."""
-        numbers = [True] * len(self.paths)
-        for index in self.objects:
-            numbers[index] = False
-        return tuple(numbers)
-
-    @functools.cached_property
-    def complement(self) -> Resolution:
-        """The answer of the negated selector."""
-        selected = tuple(not chosen for chosen in self.selected)
-        return dataclasses.replace(self, selected=selected, objects=())
-
-    @functools.cached_property
-    def chosen(self) -> tuple[str, ...]:
-        """The paths of the selected leaves."""
-        return tuple(itertools.compress(self.paths, self.selected))
-
-    @functools.cached_property
-    def numbers_among_chosen(self) -> tuple[bool, ...]:
-        """Whether each selected leaf is a number or an array of them."""
-        return tuple(itertools.compress(self.numbers, self.selected))
-
-    @functools.cached_property
-    def objects_among_chosen(self) -> tuple[int, ...]:
-        """The indices of the objects, counted among the selected leaves."""
-        return tuple(at for at, number in enumerate(self.numbers_among_chosen) if not number)
-
-    def unflatten(self, leaves: Iterable[PyTree]) -> PyTree:
-        """A tree of the resolved structure."""
-        return jax.tree.unflatten(self.treedef, leaves)
-
-    def up_to(self, tree: PyTree, name: str) -> list[PyTree]:
-        """What stands in `tree` at each leaf of the resolved structure."""
-        return up_to(self.treedef, tree, name)
-
-    def rest(self, leaves: Iterable[Leaf]) -> list[PyTree]:
-        """Those of `leaves` that are not selected."""
-        return [leaf for leaf, selected in zip(leaves, self.selected, strict=True) if not selected]
-
-    def cut(self, leaves: Iterable[Leaf]) -> PyTree:
-        """The tree of those of `leaves` that are not selected, in the `holed` structure."""
-        return jax.tree.unflatten(self.holed, self.rest(leaves))
-
-    def fill(self, leaves: Iterable[Leaf], rest: Iterable[Leaf]) -> PyTree:
-        """The whole tree: those of `leaves` that are selected, `rest` in place of the others."""
-        rest = iter(rest)
-        pairs = zip(leaves, self.selected, strict=True)
-        return self.unflatten([leaf if chosen else next(rest) for leaf, chosen in pairs])
-
-    @functools.cached_property
-    def holed(self) -> TreeDef:
-        """The structure of what is not selected, a hole for each selected leaf.
-
-        Of those that are no numbers None stays.
-        """
-        nodes: list[PyTree] = [optax.MaskedNode() if chosen else 0 for chosen in self.selected]
-        for index in self.objects:
-            nodes[index] = None
-        return jax.tree.structure(self.unflatten(nodes))
-
-    @functools.cached_property
-    def _empty(self) -> frozenset[TreeDef]:
-        """The structures of the largest subtrees in which nothing but holes is left."""
-        nodes = jax.tree.leaves(_numbered(self.holed), is_leaf=_has_only_holes)
-        return frozenset(jax.tree.structure(node) for node in nodes if _has_only_holes(node))
-
-    @functools.cached_property
-    def _prunings(self) -> Memory[TreeDef]:
-        return Memory()
-
-    def prune(self, treedef: TreeDef) -> TreeDef:
-        """`treedef`, with one hole for each wholly selected subtree of the `holed` in it.
-
-        A state may hold several copies of the trainable part, two moments for example.
-        """
-        known = self._prunings.get(treedef)
-        return self._prunings.keep(treedef, self._prune(treedef)) if known is None else known
-
-    def _prune(self, treedef: TreeDef) -> TreeDef:
-        if not self._empty:
-            return treedef
-        is_empty = lambda node: jax.tree.structure(node) in self._empty
-        return jax.tree.structure(_with_holes(_numbered(treedef), is_empty))
-
-    @functools.cached_property
-    def is_whole(self) -> bool:
-        """Whether there is no hole in what is not selected."""
-        return not any(map(is_hole, jax.tree.leaves(_numbered(self.holed), is_leaf=is_hole)))
-
-    @functools.cached_property
-    def nothing_left(self) -> bool:
-        """Whether all there is, holes aside, is selected."""
-        nodes = jax.tree.leaves(self.unflatten(self.selected), is_leaf=is_hole)
-        return bool(nodes) and all(self.selected)
-
-    @functools.cached_property
-    def pruned(self) -> TreeDef:
-        """The structure of what is not selected, one hole for each wholly selected subtree."""
-
-        # By place, and not by what is there: a hole of the tree itself stays.
-        def is_chosen(node: PyTree) -> bool:
-            inside = jax.tree.leaves(node)
-            return bool(inside) and all(inside)
-
-        return jax.tree.structure(_with_holes(self.unflatten(self.selected), is_chosen))

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from frozen_optax._resolution import Resolution
 from frozen_optax._selectors import Reads, Selector
 from frozen_optax._trees import (
-    Resolution,
     View,
     describe,
     keystr,

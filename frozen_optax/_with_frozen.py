@@ -19,10 +19,11 @@ import optax
 from frozen_optax import _bits
 from frozen_optax._extra_args import cut_extra_args, with_extra_args
 from frozen_optax._freeze import is_placeholder, resolve_without_params
+from frozen_optax._resolution import Resolution
 from frozen_optax._selection import frozen_selector
 from frozen_optax._selectors import Selector, resolve
 from frozen_optax._state_layout import StateLayout, forms, tells
-from frozen_optax._trees import Resolution, describe, is_hole, up_to
+from frozen_optax._trees import describe, is_hole, up_to
 from frozen_optax._typing import Frozen, Leaf, PyTree
 
 

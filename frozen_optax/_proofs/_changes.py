@@ -15,7 +15,8 @@ from frozen_optax._proofs._findings import Finding
 from frozen_optax._proofs._known import Dependencies
 from frozen_optax._proofs._provenance import Loss
 from frozen_optax._proofs._trace import Inputs, Result, Values, as_set, is_number, trace
-from frozen_optax._trees import Resolution, describe, is_traced, spec
+from frozen_optax._resolution import Resolution
+from frozen_optax._trees import describe, is_traced, spec
 from frozen_optax._typing import PyTree, Where
 from frozen_optax._where import successor_of
 

@@ -25,7 +25,8 @@ from frozen_optax._proofs._trace import (
     is_number,
     trace,
 )
-from frozen_optax._trees import Resolution, is_traced
+from frozen_optax._resolution import Resolution
+from frozen_optax._trees import is_traced
 from frozen_optax._typing import PyTree
 from frozen_optax._with_frozen import trees_of
 
