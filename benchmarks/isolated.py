@@ -38,7 +38,7 @@ def memory(name: str, layers: int, width: int) -> dict[str, int]:
 
 def communication(names: list[str]) -> dict[str, Any]:
     """Collectives in a step on eight devices: the batch split, the parameters whole or split."""
-    mesh = Mesh(jax.devices()[:8], ("data",))
+    mesh = Mesh(jax.devices("cpu")[:8], ("data",))
     workload = unrolled(4, 64, 64, {3}, small_leaves=True)
 
     def split(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 (numpy knows its types by name then)
 import numpy as np
+from helpers import host_devices
 from hostile import FLOATS, hostile, random_inputs
 from programs import Program
 
@@ -167,4 +168,5 @@ class Case:
 
 
 def mesh_of(count):
-    return jax.make_mesh((count,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((count,), ("d",), axis_types=auto, devices=host_devices(count))

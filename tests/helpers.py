@@ -24,6 +24,11 @@ def nest(*paths: str, leaf: Any = 0.0) -> dict[str, Any]:
     return tree
 
 
+def host_devices(count: int = 8) -> list[jax.Device]:
+    """Devices of the host: `conftest.py` makes eight of them, whatever else the machine has."""
+    return jax.devices("cpu")[:count]
+
+
 def paths_of(tree: Any) -> list[str]:
     """The paths as jax spells them, not by the library."""
     return [

@@ -29,6 +29,7 @@ from choices import (
     is_integer,
     is_real,
 )
+from helpers import host_devices
 from hostile import FLOATS, INTEGERS, SHAPES
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -123,7 +124,8 @@ def handed(c: Choice, x: Any) -> Any:
 
 def resharded(c: Choice, x: Any) -> Any:
     """Over a mesh whose axes are a part of the type, and back."""
-    explicit = jax.make_mesh((1,), ("e",), axis_types=(jax.sharding.AxisType.Explicit,))
+    typed = (jax.sharding.AxisType.Explicit,)
+    explicit = jax.make_mesh((1,), ("e",), axis_types=typed, devices=host_devices(1))
     whole, split = (jax.sharding.NamedSharding(explicit, P(*axes)) for axes in ((), ("e",)))
     y = jax.sharding.reshard(x, split)
     if c.chance(0.5):

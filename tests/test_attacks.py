@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import host_devices
 
 import frozen_optax as fo
 
@@ -207,7 +208,7 @@ def test_a_first_call_of_other_shapes_than_lowered_is_its_own():
 
 
 def test_what_is_committed_elsewhere_is_left_to_jax():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "x")
+    mesh = jax.sharding.Mesh(np.array(host_devices(2)), "x")
     split, whole = (
         jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (["x"], [])
     )

@@ -16,7 +16,7 @@ from containers import CONTAINERS, Pair
 from flax import nnx
 from flax.training.train_state import TrainState
 from flax_runs import Net, linen_params, linen_step
-from helpers import assert_same_bits, host_bits, paths_of, same_objects
+from helpers import assert_same_bits, host_bits, host_devices, paths_of, same_objects
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -113,7 +113,7 @@ def test_python_numbers_come_back_as_such(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_keys_of_random_numbers_keep_their_kind(impl: str, tmp_path: Any) -> None:
-    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), devices=host_devices(8))
     keys = jax.random.split(jax.random.key(7, impl=impl), 4)
     trained = {
         "one": jax.random.key(3, impl=impl),
@@ -133,11 +133,11 @@ def test_keys_of_random_numbers_keep_their_kind(impl: str, tmp_path: Any) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int4", "uint4"])
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(("x", "y")), P()], ids=str)
 def test_shardings_are_those_of_params(dtype: str, spec: P, tmp_path: Any) -> None:
-    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), devices=host_devices(8))
     leaf = jnp.asarray(np.random.default_rng(0).integers(-4, 4, (8, 16)), dtype)
     leaf = jnp.abs(leaf) if dtype == "uint4" else leaf
     saved = jax.device_put(leaf, NamedSharding(mesh, P("y", "x")))
-    spread, alone = NamedSharding(mesh, spec), SingleDeviceSharding(jax.devices()[3])
+    spread, alone = NamedSharding(mesh, spec), SingleDeviceSharding(host_devices()[3])
     into = {
         "spread": jax.device_put(jnp.zeros_like(leaf), spread),
         "struct": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread),
@@ -157,7 +157,7 @@ def test_shardings_are_those_of_params(dtype: str, spec: P, tmp_path: Any) -> No
 
 
 def test_a_sharded_backbone_stays_where_it_is(tmp_path: Any) -> None:
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), devices=host_devices(8))
     backbone = jax.device_put(jnp.arange(16.0), NamedSharding(mesh, P("x")))
     params = {"backbone": backbone, "head": jnp.arange(3.0)}
     fo.save_trained(tmp_path / "saved", params, "backbone")
@@ -169,12 +169,12 @@ def test_a_sharded_backbone_stays_where_it_is(tmp_path: Any) -> None:
 
 
 def test_a_donated_leaf_says_where_to_load(tmp_path: Any) -> None:
-    trained = {"head": jax.device_put(jnp.arange(3.0), jax.devices()[2])}
-    gone = {"head": jax.device_put(jnp.zeros(3), jax.devices()[2])}
+    trained = {"head": jax.device_put(jnp.arange(3.0), host_devices()[2])}
+    gone = {"head": jax.device_put(jnp.zeros(3), host_devices()[2])}
     gone["head"].delete()
     loaded = carried(tmp_path, trained, gone)
     assert_same_bits(trained, loaded)
-    assert loaded["head"].devices() == {jax.devices()[2]}
+    assert loaded["head"].devices() == {host_devices()[2]}
 
 
 NASTY = ["a", "a/0", "a/.zarray", ".", "..", "../x", "it's", 'q"q', "ü", "", "#2", "%", "x" * 300]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from helpers import HOLE, same_objects
+from helpers import HOLE, host_devices, same_objects
 
 import frozen_optax as fo
 
@@ -387,7 +387,7 @@ def test_a_step_compiled_ahead_of_time_is_for_its_functions():
 
 
 def test_shardings_of_a_module_are_of_its_arrays():
-    there = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    there = jax.sharding.SingleDeviceSharding(host_devices()[1])
     step, _ = counted("layers/0", in_shardings=(there,), out_shardings=there)
     model = jax.device_put(arrays(make_model()), there)
     for activation in (jnp.tanh, jax.nn.relu):

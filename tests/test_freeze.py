@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import trying
+from helpers import host_devices
 
 import frozen_optax as fo
 
@@ -137,7 +138,7 @@ def test_updates_of_another_structure_name_the_path():
 
 def test_sharded_parameters_get_sharded_updates():
     sharding = jax.sharding.NamedSharding(
-        jax.sharding.Mesh(jax.devices(), ("x",)), jax.sharding.PartitionSpec("x")
+        jax.sharding.Mesh(host_devices(), ("x",)), jax.sharding.PartitionSpec("x")
     )
     update = frozen_update(jax.device_put(jnp.ones(16), sharding))
     assert update.sharding.is_equivalent_to(sharding, 1)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import struct
-from helpers import add, make_params, same_objects
+from helpers import add, host_devices, make_params, same_objects
 from jitting import jit, make_state
 
 import frozen_optax as fo
@@ -51,7 +51,7 @@ def test_traced_again_exactly_when_jax_jit_would():
         (jax.tree.map(np.asarray, params), 1.0, {}),
         (params, 1.0, {"flag": 1}),
         (params, 1.0, {"flag": 0}),
-        (jax.device_put(params, jax.devices()[1]), 1.0, {}),
+        (jax.device_put(params, host_devices()[1]), 1.0, {}),
     ]
     with pytest.warns(UserWarning, match="on the host"):
         ours(calls[8][0], 1.0)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import add, make_params, same_objects
+from helpers import add, host_devices, make_params, same_objects
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jitting import jit
@@ -52,7 +52,7 @@ SHARDINGS = {
 
 @pytest.mark.parametrize("spread", SHARDINGS.values(), ids=SHARDINGS)
 def test_shardings_are_of_the_trees_taken_and_returned(spread):
-    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    mesh = Mesh(np.array(host_devices(2)), ("x",))
     sharded = NamedSharding(mesh, P("x"))
     params = jax.device_put(make_params(), sharded)
     step = jit(
@@ -76,7 +76,7 @@ def test_shardings_that_do_not_fit_are_an_error_that_says_which():
 
 
 def test_shardings_of_two_structures():
-    sharded = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("x",)), P("x"))
+    sharded = NamedSharding(Mesh(np.array(host_devices(2)), ("x",)), P("x"))
     step = jit(add, frozen="encoder", in_shardings=(sharded,), out_shardings=sharded)
     put = lambda params: jax.device_put(params, sharded)
     for params in (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import host_bits, same_objects
+from helpers import host_bits, host_devices, same_objects
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,7 +61,8 @@ def make_params():
 
 def make_mesh(layout, axis_type):
     axes = LAYOUTS[layout][0]
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(axis_type,) * len(axes))
+    shape, types = tuple(axes.values()), (axis_type,) * len(axes)
+    return jax.make_mesh(shape, tuple(axes), axis_types=types, devices=host_devices())
 
 
 def put(tree, layout, mesh):

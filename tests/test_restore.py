@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import host_devices
 
 import frozen_optax as fo
 
@@ -43,7 +44,7 @@ def test_a_reference_that_does_not_fit_names_the_path(wrong, message):
 
 
 def test_a_reference_sharded_another_way_names_the_path():
-    mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+    mesh = jax.sharding.Mesh(host_devices(), ("x",))
     put = lambda *spec: jax.device_put(
         jnp.arange(8.0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     )

@@ -8,7 +8,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import host_bits
+from helpers import host_bits, host_devices
 from jax.interpreters import mlir
 from programs import NAMES, impostor
 
@@ -178,7 +178,7 @@ def test_a_weak_type_decides_the_dtype_as_under_jit():
 
 
 def test_explicit_sharding_is_traced_as_jax_traces_it():
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(EXPLICIT,))
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(EXPLICIT,), devices=host_devices(2))
     split = jax.sharding.NamedSharding(mesh, P("d"))
     given = {"base": jax.device_put(jnp.arange(4.0), split), "head": jnp.ones(2)}
 
@@ -210,7 +210,8 @@ def test_a_python_float_that_a_compiled_step_rounds_is_not_proved():
 
 
 def spread(dtype):
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=auto, devices=host_devices(4))
     return jax.device_put(jnp.ones((8, 8), dtype), jax.sharding.NamedSharding(mesh, P("d")))
 
 

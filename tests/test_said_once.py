@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import make_params
+from helpers import host_devices, make_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import frozen_optax as fo
@@ -394,17 +394,17 @@ def test_frozen_host_leaves_are_told_of_once_with_the_remedy():
 
 
 def test_a_backbone_on_one_device_beside_eight_is_told_of():
-    mesh = Mesh(np.array(jax.devices()[:8]), "x")
+    mesh = Mesh(np.array(host_devices(8)), "x")
     put = lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
     params = make_params()
     with pytest.warns(UserWarning, match=r"'encoder/b' \(on 1 of 8 devices\)"):
         fo.jit(moved, frozen="encoder")({**params, "head": put(params["head"])})
     fo.jit(moved, frozen="encoder")(put(params))
-    fo.jit(moved, frozen="encoder")(jax.device_put(params, jax.devices()[3]))
+    fo.jit(moved, frozen="encoder")(jax.device_put(params, host_devices()[3]))
 
 
 def test_a_leaf_not_sharded_as_in_shardings_says_is_told_of():
-    mesh = Mesh(np.array(jax.devices()[:2]), "x")
+    mesh = Mesh(np.array(host_devices(2)), "x")
     split = NamedSharding(mesh, PartitionSpec("x"))
     with pytest.warns(UserWarning, match=r"'encoder/b' \(not sharded as in_shardings says\)"):
         fo.jit(moved, frozen="encoder", in_shardings=(split,))(make_params())
@@ -414,7 +414,7 @@ def test_a_leaf_not_sharded_as_in_shardings_says_is_told_of():
     "spread", [lambda s: s, lambda s: {"encoder": s, "head": None}], ids=["one for all", "a tree"]
 )
 def test_contradicting_out_shardings_are_refused_undonated(spread):
-    mesh = Mesh(np.array(jax.devices()[:2]), "x")
+    mesh = Mesh(np.array(host_devices(2)), "x")
     split = NamedSharding(mesh, PartitionSpec("x"))
     params = jax.device_put(make_params(), NamedSharding(mesh, PartitionSpec()))
     step = fo.jit(moved, frozen="encoder", out_shardings=spread(split), donate_argnums=0)

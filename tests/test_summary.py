@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import host_devices
 from jax import export
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
@@ -394,7 +395,7 @@ def test_without_shardings_a_device_takes_all():
 
 
 def test_a_device_takes_its_shards_of_what_memory_counts():
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), devices=host_devices(8))
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     params = {
         "frozen": jax.device_put(jnp.ones((16, 4)), split),  # 256 bytes, 32 of them on a device
@@ -412,7 +413,7 @@ def test_a_device_takes_its_shards_of_what_memory_counts():
 
 
 def test_the_estimate_is_what_devices_hold_beside_parameters():
-    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), devices=host_devices(8))
     put = lambda shape, *axes: jax.device_put(
         jnp.ones(shape), NamedSharding(mesh, PartitionSpec(*axes))
     )
@@ -431,7 +432,7 @@ def test_the_estimate_is_what_devices_hold_beside_parameters():
         shard.data.nbytes
         for leaf in params.values()
         for shard in leaf.addressable_shards
-        if shard.device == jax.devices()[0]
+        if shard.device == host_devices()[0]
     )
     assert report.memory_per_device.parameters == held
     assert report.memory_per_device.optimizer_state == 2 * moments + 4

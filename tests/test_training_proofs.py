@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
+from helpers import host_devices
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from proving import ITSELF, MASK, ODD, SIGN, WAYS, loss, make_params, verdict
@@ -158,7 +159,7 @@ def test_what_restore_promises_is_proved():
 
 
 def test_a_step_over_eight_devices():
-    mesh = Mesh(np.array(jax.devices()[:8]), "x")
+    mesh = Mesh(np.array(host_devices(8)), "x")
     params = {"encoder": jnp.ones((8, 2)), "norm": jnp.ones(3), "head": jnp.ones((8, 2))}
     specs = {"encoder": P("x"), "norm": P(), "head": P("x")}
 

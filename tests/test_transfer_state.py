@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import host_devices
 
 import frozen_optax as fo
 
@@ -65,7 +66,7 @@ def test_a_plain_run_is_taken_over_and_given_back() -> None:
 
 
 def test_shardings_are_kept() -> None:
-    mesh = jax.make_mesh((8,), ("d",))
+    mesh = jax.make_mesh((8,), ("d",), devices=host_devices(8))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     params = {"encoder": jnp.ones(3), "head": jax.device_put(jnp.ones(8), split)}
     old = after_steps(fo.with_frozen(optax.trace(0.9), "encoder"), params)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import host_devices
 
 import frozen_optax as fo
 
@@ -356,7 +357,7 @@ def test_a_step_lowers_for_every_platform(platform, tx):
 
 
 def test_sharded_frozen_leaves_need_no_communication():
-    devices = jax.devices()
+    devices = host_devices()
     mesh = jax.sharding.Mesh(devices, ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     params = {
@@ -545,7 +546,7 @@ def test_a_state_may_change_its_structure_after_the_first_step():
 
 def test_updates_are_applied_under_explicit_sharding():
     mesh = jax.make_mesh(
-        (4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4]
+        (4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=host_devices(4)
     )
     with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
         put = lambda leaf: jax.device_put(
