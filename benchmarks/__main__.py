@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks import tables
 from benchmarks.measures import elsewhere
-from benchmarks.suite import PARTS, full, quick, run
+from benchmarks.suite import PARTS, accelerator, full, quick, run
 
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
@@ -99,10 +99,20 @@ def main() -> None:
         choices=[section.key for section in full().sections],
         help="measure this section alone anew, and keep the rest; it may be given several times",
     )
+    parser.add_argument(
+        "--accelerator",
+        action="store_true",
+        help="on a GPU or a TPU: measure what a leaf and a byte cost there, in a table of its own",
+    )
     args = parser.parse_args()
     folder = args.out or (HERE / "quick" if args.quick else HERE / "results")
     folder.mkdir(parents=True, exist_ok=True)
     path, console = folder / "results.json", Console(width=180)
+    if args.accelerator:
+        found = run(accelerator(), progress(console))
+        path.with_stem("accelerator").write_text(json.dumps(found, indent=1) + "\n")
+        console.print(tables.accelerator({"accelerator": found}), highlight=False)
+        return
     if args.section:
         anew = dataclasses.replace(full(), memory=[], communication=[], parts=[])
         anew = dataclasses.replace(
@@ -128,6 +138,7 @@ def main() -> None:
         f"{results['minutes']} minutes; wrote {path}, {', '.join(map(str, drawn))}", highlight=False
     )
     if not args.quick and not args.out:
+        results["accelerator"] = json.loads(path.with_stem("accelerator").read_text())
         for page in PAGES:
             page.write_text(tables.fill(page.read_text(), results))
         console.print("filled the figures of the README and of docs/")

@@ -201,6 +201,23 @@ def quick() -> Plan:
     )
 
 
+def accelerator() -> Plan:
+    """What leaves and bytes cost on a GPU or a TPU: kernels of 67 MB, 1.6 GB in all."""
+    names = [*LEAN, "nothing frozen", "fo.nnx_jit", "nnx.DiffState"]
+    sections = [
+        Section(key="leaves 1000", workload=small(250), names=names, rounds=40, loops=5),
+        Section(key="large last", workload=large({23}, width=4096), names=names, rounds=40),
+        Section(
+            key="large donated",
+            workload=large({23}, width=4096),
+            names=[name for name in names if name != "nothing frozen"],
+            rounds=40,
+            donate=True,
+        ),
+    ]
+    return Plan(sections=sections, memory=[], communication=[], parts=[])
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine."""
     with open("/proc/cpuinfo") as info:
@@ -210,6 +227,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: m.__version__ for name, m in modules.items()},
         "device": jax.devices()[0].platform,
+        "kind": jax.devices()[0].device_kind,
         "machine": platform.machine(),
         "processor": ", ".join(sorted(models)),
         "cores": len(os.sched_getaffinity(0)),

@@ -215,6 +215,30 @@ def proofs(results: dict[str, Any]) -> str:
     )
 
 
+def accelerator(results: dict[str, Any]) -> str:
+    """What a step costs on an accelerator: by the leaf, by the byte, and donated."""
+    found = results["accelerator"]
+    small, large, donated = (
+        found["sections"][key] for key in ("leaves 1000", "large last", "large donated")
+    )
+    columns = {
+        "1,000 leaves: lower + compile": _by_name(small, ["compile"]),
+        "1,000 leaves: step": _by_name(small, ["step"]),
+        f"1,000 leaves: {MEASURES['loop']}": _by_name(small, ["loop"]),
+        "1.6 GB: bytes accessed": _by_name(large, ["bytes accessed"]),
+        "1.6 GB: step": _by_name(large, ["step"]),
+        "1.6 GB: step, donated": _by_name(donated, ["step"]),
+    }
+    rows = [
+        [name, *(column.get(name, ["-"])[0] for column in columns.values())]
+        for name in small["contenders"]
+    ]
+    where = found["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    table = _markdown(["", *columns], _named(rows))
+    return f"{table}\n\nMeasured with {versions}; {where['kind']}."
+
+
 def environment(results: dict[str, Any]) -> str:
     """Where the figures come from."""
     found = results["environment"]
@@ -235,6 +259,7 @@ BLOCKS = {
         models,
         proofs,
         fingerprints,
+        accelerator,
         environment,
     )
 }

@@ -19,7 +19,18 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.isolated import communication
 from benchmarks.measures import compiling, nbytes, runner, spread, stepping
 from benchmarks.plots import draw
-from benchmarks.suite import PARTS, Plan, Section, clipped, full, quick, run, share, small
+from benchmarks.suite import (
+    PARTS,
+    Plan,
+    Section,
+    accelerator,
+    clipped,
+    full,
+    quick,
+    run,
+    share,
+    small,
+)
 from benchmarks.workloads import require_products, scanned, unrolled
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +97,9 @@ def test_the_program_of_the_whole_library_is_that_of_the_limit(workload, optimiz
     )
     for exactly in ("bytes out", "bytes in", "state"):
         assert ours[exactly] == limit[exactly]
-    assert ours["bytes accessed"] <= 1.01 * limit["bytes accessed"]
+    # A GPU's compiler may lay down what an update is compared with: written once, and read once.
+    constant = 0 if jax.default_backend() == "cpu" else 2 * 4 * workload.trained_count
+    assert ours["bytes accessed"] <= 1.01 * limit["bytes accessed"] + constant
     # Where an update is zero the bits are kept: a comparison and a select.
     select = 6 * workload.trained_count
     assert limit["flops"] <= ours["flops"] <= limit["flops"] + select
@@ -211,9 +224,9 @@ def test_a_measure_has_a_column_where_it_was_taken():
     assert "loop" not in tables.costs({"sections": sections})
 
 
-def test_both_plans_name_contenders_that_exist():
+def test_all_plans_name_contenders_that_exist():
     assert all(importlib.util.find_spec(f"benchmarks.{part}") for part in PARTS)
-    for plan in (full(), quick()):
+    for plan in (full(), quick(), accelerator()):
         assert set(plan.parts) <= set(PARTS)
         named = {*plan.memory, *plan.communication}.union(
             *(section.names for section in plan.sections)
@@ -225,7 +238,11 @@ def test_both_plans_name_contenders_that_exist():
 
 
 def test_the_pages_hold_the_figures_of_the_last_full_run():
-    results = json.loads((ROOT / "benchmarks" / "results" / "results.json").read_text())
+    of_cpu, of_accelerator = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("results", "accelerator")
+    )
+    results = of_cpu | {"accelerator": of_accelerator}
     pages = [page.read_text() for page in command.PAGES]
     assert [tables.fill(page, results) for page in pages] == pages
     for name, block in tables.BLOCKS.items():
