@@ -107,12 +107,6 @@ def apply(hunks, text, *, at_their_lines):
     return text
 
 
-def changed(name):
-    """How many lines a diff removes, and how many it adds."""
-    body = (DIFFS / name).read_text().partition("\n@@")[2].splitlines()
-    return tuple(sum(line.startswith(sign) for line in body) for sign in "-+")
-
-
 # --- code
 
 
