@@ -88,7 +88,8 @@ def test_each_trainer_that_is_declared_trains_in_a_test():
 def test_trainers_are_tested_by_a_stage_and_not_by_the_ordinary_command():
     stage = text(".ci/run").partition("other_peoples_trainers() (")[2].partition("\n)\n")[0]
     assert "-m pytest -n 2 tests/trainers tests/published\n" in stage
-    assert "-m pytest -n 2 tests/published" in (oldest := stage.partition("tests/oldest.txt")[2])
+    oldest = stage.partition("tests/oldest.txt")[2]
+    assert "-m pytest -n 2 tests/published" in oldest
     there = set(re.search(r"'\.\[test\]' (.*)", oldest)[1].replace("'", "").split())
     left_out = set(re.search(r"test_\{(.*)\}", oldest)[1].split(","))
     assert declared(there) | left_out == declared(EXTRAS["trainers"]) - {"paramax"}
