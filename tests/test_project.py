@@ -17,7 +17,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # What a package is called where it is imported, if that is not its name.
 IMPORTED_AS = {"dm-haiku": "haiku", "frozen-optax": "frozen_optax", "orbax-checkpoint": "orbax"}
-IMPORTED_AS |= {"ott-jax": "ott"}
+IMPORTED_AS |= {"absl-py": "absl", "ott-jax": "ott"}
 # Measured or made where it happens to be installed, and needed by nobody else.
 OPTIONAL = {"examples/make_reference.py": "sentence_transformers"}
 OPTIONAL |= {"benchmarks/torch_reference.py": "torch"}
@@ -86,14 +86,23 @@ def test_each_trainer_that_is_declared_trains_in_a_test():
 
 
 def test_trainers_are_tested_by_a_stage_and_not_by_the_ordinary_command():
-    assert "-m pytest -n 2 tests/trainers\n" in text(".ci/run")
+    stage = text(".ci/run").partition("other_peoples_trainers() (")[2].partition("\n)\n")[0]
+    assert "-m pytest -n 2 tests/trainers tests/published\n" in stage
+    oldest = stage.partition("tests/oldest.txt")[2]
+    assert "-m pytest -n 2 tests/published" in oldest
+    there = set(re.search(r"'\.\[test\]' (.*)", oldest)[1].replace("'", "").split())
+    left_out = set(re.search(r"test_\{(.*)\}", oldest)[1].split(","))
+    assert declared(there) | left_out == declared(EXTRAS["trainers"]) - {"paramax"}
+    assert not declared(there) & left_out
     options = tomllib.loads(text("pyproject.toml"))["tool"]["pytest"]["ini_options"]
-    assert "trainers" in options["norecursedirs"]
+    assert {"trainers", "published"} < set(options["norecursedirs"])
 
 
 def test_the_oldest_versions_that_are_allowed_are_tested():
     pinned = dict(line.split("==") for line in text("tests/oldest.txt").splitlines())
-    allowed = dict(requirement.split(">=") for requirement in PROJECT["dependencies"])
+    frameworks = [each for each in EXTRAS["test"] if re.match("dm-haiku|equinox", each)]
+    allowed = dict(each.split(">=") for each in [*PROJECT["dependencies"], *frameworks])
+    assert len(allowed) == len(PROJECT["dependencies"]) + 2
     for name, oldest in allowed.items():
         numbers = oldest.split(".")
         assert pinned[name].split(".")[: len(numbers)] == numbers, name

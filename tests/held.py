@@ -1,4 +1,4 @@
-"""What is asked of every trainer, told with the library and once more without it."""
+"""What is asked of other people's loops, told with the library and once more without it."""
 
 import jax
 import numpy as np
