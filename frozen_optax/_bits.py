@@ -91,6 +91,11 @@ def has_negative_zero(dtype: DType) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact) and len(_zeros(dtype)) > 1
 
 
+def zero_of(dtype: DType) -> np.ndarray:
+    """The number of a dtype that adds nothing, where it `has_additive_identity`."""
+    return _zeros(dtype)[-1]
+
+
 @functools.lru_cache(maxsize=256)
 def _broadcast_zero(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
     zero = _zeros(dtype)[-1] if has_additive_identity(dtype) else np.zeros((), jax.dtypes.float0)
