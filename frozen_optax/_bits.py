@@ -162,6 +162,22 @@ def select_bits(condition: Array, left: Array, right: Array) -> Array:
     return jax.lax.select(jax.lax.bitwise_and(condition, everywhere), left, right)
 
 
+def movable(leaf: Array) -> Array:
+    """An array that keeps every bit where compilers move it.
+
+    They move the narrow floats as wider ones, which quiets NaNs, so those are unsigned integers
+    here. `moved` is the way back.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and width(leaf.dtype) in (8, 16):
+        return jax.lax.bitcast_convert_type(leaf, _UNSIGNED[width(leaf.dtype)])
+    return leaf
+
+
+def moved(leaf: Array, dtype: DType) -> Array:
+    """What `movable` has made of an array of a dtype, as that array again."""
+    return leaf if leaf.dtype == dtype else jax.lax.bitcast_convert_type(leaf, dtype)
+
+
 def bits(leaf: Array) -> Array:
     """The bit pattern of an array as unsigned integers.
 
