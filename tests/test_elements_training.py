@@ -46,7 +46,7 @@ def test_a_state_of_other_elements_cannot_be_taken_over():
     params = make_params()
     old = with_elements(slice(0, 6)).init(params)
     fo.assert_trees_bit_identical(fo.transfer_state(old, old), old)
-    with pytest.raises(ValueError, match=r"mu\['embed'\] .*float32\[2, 3\].* float32\[3, 3\]"):
+    with pytest.raises(ValueError, match=r"[mn]u\['embed'\] .*float32\[2, 3\].* float32\[3, 3\]"):
         fo.transfer_state(old, with_elements(slice(0, 5)).init(params))
 
 
