@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 import frozen_optax as fo
-from benchmarks.workloads import Tree, Workload
+from benchmarks.workloads import NEW, Tree, Workload, in_one_table
 
 Optimizer = optax.GradientTransformation
 
@@ -285,6 +285,48 @@ def selective_clipped_outside(workload: Workload, _: Optimizer) -> Training:
     return plain(workload, optax.chain(optax.clip_by_global_norm(1.0), wrapped))
 
 
+def _apart(workload: Workload, training: Training) -> Training:
+    """The same training, its parameters with the new rows of the table apart, for the checks."""
+
+    def whole(state: Any) -> Tree:
+        table, new = state[0]["table"], len(workload.params[NEW])
+        return {**state[0], "table": table[:-new], NEW: table[-new:]}
+
+    return dataclasses.replace(training, whole=whole)
+
+
+def rows(workload: Workload, tx: Optimizer, *, in_place: bool = True) -> Training:
+    """The new rows of one table train, and the others are frozen within it."""
+    whole = in_one_table(workload)
+    old = {"table": slice(0, -len(workload.params[NEW]))}
+    wrapped = fo.with_frozen(tx, elements=old)
+    training = plain(
+        whole,
+        wrapped,
+        functools.partial(fo.apply_updates, frozen=wrapped) if in_place else optax.apply_updates,
+        gradient=lambda loss: fo.value_and_grad(loss, wrapped),
+        compiler=lambda step, **options: fo.jit(step, frozen=wrapped, **options),
+    )
+    return _apart(workload, training)
+
+
+def rows_written_back(workload: Workload, tx: Optimizer) -> Training:
+    """The whole table is trained, and after each step the old rows are written back."""
+    training, new = plain(in_one_table(workload), tx), len(workload.params[NEW])
+
+    def step(params: Tree, state: Any, batch: Any) -> Any:
+        after, state = training.step(params, state, batch)
+        table = params["table"].at[-new:].set(after["table"][-new:])
+        return {**after, "table": table}, state
+
+    return _apart(workload, dataclasses.replace(training, step=step))
+
+
+def whole_table(workload: Workload, tx: Optimizer) -> Training:
+    """All rows of the table are trained."""
+    return _apart(workload, plain(in_one_table(workload), tx))
+
+
 def kauldron(workload: Workload, tx: Optimizer) -> Training:
     """The wrapper of kauldron, where it is installed."""
     trained = jax.tree.map(lambda frozen: not frozen, workload.mask())
@@ -396,6 +438,31 @@ CLIPPED_OUTSIDE = Contender(
     title="`optax.selective_transform`, clipping outside of it",
     prepare=selective_clipped_outside,
 )
+OF_ROWS = (
+    Contender(
+        name="elements, in place",
+        title="`elements=`, `fo.apply_updates(params, updates, tx)`",
+        prepare=rows,
+        colour=GREEN,
+    ),
+    Contender(
+        name="elements",
+        title="`elements=`, `optax.apply_updates(params, updates)`",
+        prepare=functools.partial(rows, in_place=False),
+        colour=GREEN,
+    ),
+    Contender(
+        name="rows written back",
+        title="everything updated, old rows written back",
+        prepare=rows_written_back,
+    ),
+    Contender(
+        name="whole table",
+        title="everything trained",
+        prepare=whole_table,
+        moves=True,
+    ),
+)
 TORCH = Legend(
     name="torch requires_grad_",
     title="PyTorch, `requires_grad_(False)`",
@@ -405,5 +472,5 @@ _INSTALLED = [KAULDRON] if importlib.util.find_spec("kauldron") else []
 CONTENDERS = {each.name: each for each in [LIMIT, *OURS, *PEERS, *_INSTALLED, NOTHING_FROZEN]}
 
 # Whatever results may hold, whoever is installed here.
-_ELSEWHERE = [KAULDRON, CLIPPED_OUTSIDE, TORCH]
+_ELSEWHERE = [KAULDRON, CLIPPED_OUTSIDE, *OF_ROWS, TORCH]
 LEGENDS: dict[str, Legend] = {**CONTENDERS, **{each.name: each for each in _ELSEWHERE}}

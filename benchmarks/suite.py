@@ -15,9 +15,16 @@ import flax
 import jax
 import optax
 
-from benchmarks.contenders import CLIPPED_OUTSIDE, CONTENDERS, TORCH, Contender, adamw
+from benchmarks.contenders import (
+    CLIPPED_OUTSIDE,
+    CONTENDERS,
+    OF_ROWS,
+    TORCH,
+    Contender,
+    adamw,
+)
 from benchmarks.measures import LOOP, Figures, compiling, elsewhere, runner, spread, stepping
-from benchmarks.workloads import Workload, require_products, scanned, unrolled
+from benchmarks.workloads import Workload, embedding, require_products, scanned, unrolled
 
 LEAN = [
     "limit",
@@ -159,6 +166,17 @@ def full() -> Plan:
             compilations=3,
         ),
     ]
+    for donate in (False, True):
+        of_rows = Section(
+            key="rows donated" if donate else "rows",
+            workload=lambda: embedding(50_000, 256, 10),
+            names=["limit"],
+            more=OF_ROWS,
+            optimizer=clipped,
+            rounds=30,
+            donate=donate,
+        )
+        sections.append(of_rows)
     shares = [
         Section(key=f"share {frozen}", workload=share(frozen), names=FEW) for frozen in SHARES
     ]

@@ -128,6 +128,18 @@ def clipped(results: dict[str, Any]) -> str:
     return _markdown(["", *(MEASURES[m] for m in measures)], _named(rows))
 
 
+def elements(results: dict[str, Any]) -> str:
+    """Ten new rows of a table, by one array with the old ones or by two."""
+    kept, donated = (results["sections"][key] for key in ("rows", "rows donated"))
+    measures = ("state", "bytes accessed", "step")
+    left, right = _by_name(kept, measures), _by_name(donated, measures[1:])
+    head = ["", *(MEASURES[m] for m in measures)]
+    head += [f"donated: {MEASURES[m]}" for m in measures[1:]]
+    rows = _named([[name, *left[name], *right[name]] for name in left])
+    rows[0][0] = "two arrays, chosen between at look-up, by hand"
+    return _markdown(head, rows)
+
+
 def ways(results: dict[str, Any]) -> str:
     """The three classical ways, beside no freezing at all."""
     measures = ("flops", "bytes accessed", "state")
@@ -253,6 +265,7 @@ BLOCKS = {
         short,
         costs,
         clipped,
+        elements,
         ways,
         optimizers,
         scale,

@@ -109,6 +109,59 @@ def scanned(layers: int, width: int, rows: int, rank: int) -> Workload:
     )
 
 
+NEW = "new"  # the rows of an embedding that train, where they are an array of their own
+
+
+def embedding(rows: int, width: int, new: int) -> Workload:
+    """A table of which the last rows are new tokens and train, with a head on top.
+
+    The new rows are an array of their own, and are chosen at look-up: what PEFT calls trainable
+    tokens.
+    """
+    keys = jax.random.split(jax.random.key(0), 4)
+    old = rows - new
+
+    def loss(params: Tree, tokens: Any) -> Any:
+        is_new = tokens >= old
+        of_new = params[NEW][jnp.where(is_new, tokens - old, 0)]
+        of_old = params["table"][jnp.where(is_new, 0, tokens)]
+        return _tokens_loss(jnp.where(is_new[..., None], of_new, of_old), params)
+
+    tokens = jax.random.randint(keys[3], (8, 128), 0, rows).at[:, :new].set(jnp.arange(old, rows))
+    return Workload(
+        title=f"a table of {rows:,} x {width}, of which {new} rows train",
+        params={
+            "head": jax.random.normal(keys[0], (width, 8)) / width**0.5,
+            NEW: jax.random.normal(keys[1], (new, width)),
+            "table": jax.random.normal(keys[2], (old, width)),
+        },
+        loss=loss,
+        batch=tokens,
+        trained=frozenset({"head", NEW}),
+        products=None,
+        product_flops=0.0,
+    )
+
+
+def _tokens_loss(embedded: Any, params: Tree) -> Any:
+    return jnp.mean((jnp.tanh(embedded.mean(axis=1)) @ params["head"]) ** 2)
+
+
+def in_one_table(workload: Workload) -> Workload:
+    """The workload of `embedding` with old and new rows in one table, as models have it."""
+    table = jnp.concatenate([workload.params["table"], workload.params[NEW]])
+
+    def loss(params: Tree, tokens: Any) -> Any:
+        return _tokens_loss(params["table"][tokens], params)
+
+    return dataclasses.replace(
+        workload,
+        params={"head": workload.params["head"], "table": table},
+        loss=loss,
+        trained=frozenset({"head", "table"}),
+    )
+
+
 def require_products(workload: Workload, program: str, flops: float) -> None:
     """Raise where the compiled step written by hand does not do what it has to on paper."""
     if workload.products is None:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen_optax import _bits
+from frozen_optax._elements import resolve_in_part
+from frozen_optax._parts import Part
 from frozen_optax._trees import describe, is_hole, is_number, paths_of, up_to
-from frozen_optax._typing import Leaf, PyTree
+from frozen_optax._typing import Frozen, Leaf, PyTree
 
 
 def _sum(param: Leaf, update: Leaf) -> Leaf:
@@ -53,7 +55,18 @@ def _apply(param: Leaf, update: Leaf) -> Leaf:
     return _exact_sum(param, update)
 
 
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+def _apply_in_part(part: Part, param: Leaf, update: Leaf) -> Leaf:
+    """The sum in what trains of a leaf, written into the leaf: no pass over all of it."""
+    if update is None or is_hole(update) or _bits.is_known_zero(update):
+        return param
+    if np.shape(param) != part.shape or np.shape(update) != part.shape:
+        raise TypeError(f"an update of shape {np.shape(update)} for one of shape {part.shape}")
+    whole = jnp.asarray(param)
+    summed = _exact_sum(part.take(whole), part.take(jnp.asarray(update)))
+    return _bits.moved(part.put(_bits.movable(summed), _bits.movable(whole)), whole.dtype)
+
+
+def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen = None) -> PyTree:
     """`optax.apply_updates`, except that a zero update leaves every bit of the parameter as it was.
 
     Where the update is known to be zero while tracing (the frozen leaves after `with_frozen`;
@@ -65,12 +78,17 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
       params: a pytree of parameters.
       updates: a pytree in the structure of `params`; a hole may stand for a leaf or for a whole
         subtree.
+      frozen: what is not to be added to, whatever its update is: best the optimizer that
+        `with_frozen` returned. It makes no difference to what is frozen as a whole. Of a leaf in
+        which elements are frozen only those that train are added to and written, in place where the
+        leaf is donated; without it there is a pass over the whole leaf.
 
     Returns:
       The new parameters, in the structure, shapes and dtypes of `params`.
 
     Raises:
-      ValueError: the trees differ in structure; the message names the path.
+      ValueError: the trees differ in structure, or `frozen` selects nothing, or does not fit; the
+        message names the path.
       TypeError: an update that is not nothing for a leaf no arithmetic can touch (a PRNG key, a
         function), or one of a shape that does not fit; the message names the path.
 
@@ -82,9 +100,15 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(params)
     pairs = zip(leaves, up_to(treedef, updates, "updates"), strict=True)
     new: list[Leaf] = []
+    resolution = None if frozen is None else resolve_in_part(frozen, None, params)
     for index, (param, update) in enumerate(pairs):
         try:
-            new.append(_apply(param, update))
+            if resolution is not None and index in resolution.parts:
+                new.append(_apply_in_part(resolution.parts[index], param, update))
+            elif resolution is not None and resolution.selected[index]:
+                new.append(param)
+            else:
+                new.append(_apply(param, update))
         except (TypeError, ValueError) as error:
             path = paths_of(params)[index]
             raise TypeError(f"cannot update the parameter at {path!r}: {error}.") from error

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen_optax import _bits
+from frozen_optax._elements import resolve_in_part
 from frozen_optax._messages import Fault, listed
-from frozen_optax._selection import resolve_frozen
 from frozen_optax._trees import (
     describe,
     is_traced,
@@ -54,6 +54,13 @@ def _is_elsewhere(leaf: Leaf) -> bool:
     if not isinstance(leaf, jax.Array) or is_traced(leaf):
         return False
     return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
+
+def _at_hand(*leaves: Leaf) -> list[Leaf]:
+    """The values of leaves on the host, where this process has all of them."""
+    if any(is_traced(leaf) or _is_elsewhere(leaf) for leaf in leaves):
+        return list(leaves)
+    return [np.asarray(leaf) for leaf in leaves]
 
 
 @jax.jit
@@ -211,6 +218,9 @@ def assert_frozen(
 ) -> None:
     """Asserts that every frozen leaf kept its bits, and that something else moved.
 
+    Given an optimizer that freezes elements within leaves, it looks at these elements, and counts
+    each such leaf among the frozen ones.
+
     Weak types are not compared: where `apply_updates` learns at run time that an update is zero, it
     cannot keep them.
 
@@ -244,7 +254,7 @@ def assert_frozen(
       >>> before = {"encoder": jnp.ones(2), "head": jnp.ones(2)}
       >>> fo.assert_frozen(before, before | {"head": jnp.zeros(2)}, "encoder")
     """
-    resolution = resolve_frozen(
+    resolution = resolve_in_part(
         frozen, trainable, before, where=where, to_train=expect_movement, to_check=True
     )
     refuse_live(before, after)
@@ -253,8 +263,15 @@ def assert_frozen(
     frozen_pairs: list[_Pair] = []
     trained: list[_Pair] = []
     for (index, path), other in zip(named, others, strict=True):
-        pairs = frozen_pairs if resolution.selected[index] else trained
-        pairs.append((path, leaves[index], other))
+        leaf = leaves[index]
+        if index in resolution.parts and describe(leaf) == describe(other):
+            require_alive(path, leaf, other)
+            part, (was, now) = resolution.parts[index], _at_hand(leaf, other)
+            frozen_pairs.append((path, was, part.choose(now, was)))
+            trained.append((path, was, part.choose(was, now)))
+        else:
+            is_held = resolution.selected[index] or index in resolution.parts
+            (frozen_pairs if is_held else trained).append((path, leaf, other))
     _assert_bits(frozen_pairs, "frozen leaves did not keep their bits", describe)
     if not (expect_movement and trained):
         return

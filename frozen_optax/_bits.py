@@ -91,6 +91,11 @@ def has_negative_zero(dtype: DType) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact) and len(_zeros(dtype)) > 1
 
 
+def zero_of(dtype: DType) -> np.ndarray:
+    """The number of a dtype that adds nothing, where it `has_additive_identity`."""
+    return _zeros(dtype)[-1]
+
+
 @functools.lru_cache(maxsize=256)
 def _broadcast_zero(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
     zero = _zeros(dtype)[-1] if has_additive_identity(dtype) else np.zeros((), jax.dtypes.float0)
@@ -155,6 +160,22 @@ def select_bits(condition: Array, left: Array, right: Array) -> Array:
         return jax.lax.bitcast_convert_type(select_bits(condition, left, right), dtype)
     everywhere = jax.lax.eq(right, right)  # sharded as `right` is, which `condition` need not be
     return jax.lax.select(jax.lax.bitwise_and(condition, everywhere), left, right)
+
+
+def movable(leaf: Array) -> Array:
+    """An array that keeps every bit where compilers move it.
+
+    They move the narrow floats as wider ones, which quiets NaNs, so those are unsigned integers
+    here. `moved` is the way back.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and width(leaf.dtype) in (8, 16):
+        return jax.lax.bitcast_convert_type(leaf, _UNSIGNED[width(leaf.dtype)])
+    return leaf
+
+
+def moved(leaf: Array, dtype: DType) -> Array:
+    """What `movable` has made of an array of a dtype, as that array again."""
+    return leaf if leaf.dtype == dtype else jax.lax.bitcast_convert_type(leaf, dtype)
 
 
 def bits(leaf: Array) -> Array:

@@ -25,7 +25,8 @@ from frozen_optax._checkpoint_files import (
 )
 from frozen_optax._fingerprints import kind
 from frozen_optax._messages import Fault, listed, quoted
-from frozen_optax._selection import resolve_frozen
+from frozen_optax._selection import frozen_selector
+from frozen_optax._selectors import resolve
 from frozen_optax._trees import is_number, is_traced
 from frozen_optax._typing import Frozen, PyTree, Where
 from frozen_optax._variables import refuse_tied
@@ -71,7 +72,8 @@ def save_trained(
     """Writes the trained leaves, and a fingerprint of the frozen ones they were trained with.
 
     That is as large as what was trained, kilobytes beside a backbone of gigabytes. `load_trained`
-    joins it with the backbone again, and tells if it is another one.
+    joins it with the backbone again, and tells if it is another one. A leaf of which a part was
+    trained, as by `with_frozen(..., elements=...)`, is saved whole.
 
     A save is complete or not there: killed at any moment it leaves what was at `path` before, and
     the next save clears away its remains. Orbax writes it, each process its own part of an array
@@ -107,7 +109,9 @@ def save_trained(
       >>> fo.load_trained(path, {"encoder": jnp.ones(2), "head": jnp.zeros(2)})
       {'encoder': Array([1., 1.], dtype=float32), 'head': Array([ 1., -0.], dtype=float32)}
     """
-    resolution = resolve_frozen(frozen, trainable, params, where=where, to_train=True)
+    # A leaf that is frozen in part is saved whole.
+    selector = frozen_selector(frozen, trainable, where, in_part=True)
+    resolution = resolve(selector, params, to_train=True)
     places = _places(where, params)
     _refuse_structs(places, "Save the parameters themselves.")
     trained = [place for place in places if not resolution.selected[place.index]]

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from frozen_optax import _bits
+from frozen_optax._parts import trained_shapes
 from frozen_optax._resolution import Resolution
 from frozen_optax._trees import is_hole, is_number
 from frozen_optax._typing import Array, Leaf, PyTree
@@ -42,10 +43,11 @@ def _pieces(resolution: Resolution, tree: PyTree) -> list[PyTree] | None:
     """What stands in `tree` at each parameter's place; None if it has not their structure.
 
     It may go deeper. Parameters that are a single leaf are a prefix of anything, which says
-    nothing.
+    nothing; what has the shape of one that trains in part is taken for such a leaf.
     """
     if jax.tree_util.treedef_is_leaf(resolution.treedef):
-        return None
+        shapes = [part.shape for part in resolution.parts.values()]
+        return [tree] if is_number(tree) and jnp.shape(tree) in shapes else None
     try:
         return resolution.up_to(tree, "")
     except ValueError:
@@ -127,7 +129,7 @@ class _OnTrainable:
         for part, original in self._cut:
             if tree is part:
                 return original
-        if jax.tree.structure(tree) != self._resolution.holed:
+        if not self._is_trainable_part(tree):
             return tree
         if self._params is None:
             raise ValueError(
@@ -137,6 +139,13 @@ class _OnTrainable:
             )
         frozen = next(fillings, None) or map(_zero_tangent, self._params)
         return self._resolution.fill(frozen, jax.tree.leaves(tree))
+
+    def _is_trainable_part(self, tree: PyTree) -> bool:
+        """Whether `tree` is what is trained. A single leaf that is no part of one never is."""
+        if jax.tree.structure(tree) != self._resolution.holed:
+            return False
+        pairs = zip(jax.tree.leaves(tree), trained_shapes(self._resolution), strict=True)
+        return all(shape is None or jnp.shape(leaf) == shape for leaf, shape in pairs)
 
     def _is_tangent(self, node: PyTree) -> bool:
         return self._params is not None and _is_tangent(self._resolution, self._params, node)
@@ -152,7 +161,7 @@ def cut_extra_args(
     resolution: Resolution, params: list[Leaf] | None, extra_args: dict[str, Any]
 ) -> dict[str, Any]:
     """The extra arguments for the trainable part; without `params` no function can be called."""
-    if not any(resolution.selected):
+    if not (any(resolution.selected) or resolution.parts):
         return extra_args
     found = dict(extra_args)
     cut: list[tuple[PyTree, PyTree]] = []

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen_optax import _bits
+from frozen_optax._elements import resolve_in_part
 from frozen_optax._messages import Fault, listed
-from frozen_optax._selection import resolve_frozen
+from frozen_optax._parts import Part, held
 from frozen_optax._trees import describe, is_number, is_traced, require_alive
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree, Where
 from frozen_optax._where import named_leaves
@@ -78,8 +79,13 @@ def _terms(words: Array) -> tuple[Array, Array]:
     return first, _mix(first * np.uint32(0x9E3779B1) + place)
 
 
-def _sums(leaf: Array) -> Array:
-    first, second = _terms(_words(leaf))
+def _sums(leaf: Array, frozen: Array | None = None) -> Array:
+    """The two sums, over the elements that a mask over the leading axes names, or over all."""
+    words = _words(leaf)
+    first, second = _terms(words)
+    if frozen is not None:
+        mask = frozen.reshape(frozen.shape + (1,) * (words.ndim - frozen.ndim))
+        first, second = (each * mask for each in (first, second))
     if not is_traced(leaf):
         return np.stack([np.sum(each, dtype=np.uint32) for each in (first, second)])
     add = lambda left, right: (left[0] + right[0], left[1] + right[1])  # both in one pass
@@ -87,17 +93,23 @@ def _sums(leaf: Array) -> Array:
     return jnp.stack(jax.lax.reduce((first, second), (zero, zero), add, tuple(range(first.ndim))))
 
 
-def _sums_of_fetched(leaf: Array, device_memory: jax.sharding.Sharding) -> Array:
-    return _sums(jax.device_put(leaf, device_memory))
+def _sums_of_fetched(
+    leaf: Array, device_memory: jax.sharding.Sharding, frozen: Array | None
+) -> Array:
+    return _sums(jax.device_put(leaf, device_memory), frozen)
 
 
 _sums_on_device = jax.jit(_sums)
 _sums_of_host_memory = jax.jit(_sums_of_fetched, static_argnums=1)
 
 
-def _begin(path: str, leaf: Leaf) -> Array:
-    """The sums of a leaf, computed where it is; on a device they are only begun."""
+def _begin(path: str, leaf: Leaf, part: Part | None = None) -> Array:
+    """The sums of a leaf, computed where it is; on a device they are only begun.
+
+    Of one that is frozen in part, those of what is frozen.
+    """
     require_alive(path, leaf)
+    frozen = None if part is None else part.frozen
     if isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
         host = np.asarray(leaf)
         if host.dtype.hasobject:  # its bits are addresses, others in each process
@@ -105,27 +117,28 @@ def _begin(path: str, leaf: Leaf) -> Array:
                 f"a fingerprint is of bits, and those of {path!r} are not its own: it is "
                 f"{describe(host)}. Give it a dtype of numbers, or leave it out."
             )
-        return _sums(host)
+        return _sums(host, frozen)
     if not isinstance(leaf, jax.Array):
         raise TypeError(
             f"a fingerprint is of arrays, found {describe(leaf)} at {path!r}. Leave it out."
         )
     try:
         if is_traced(leaf):
-            return _sums(leaf)
+            return _sums(leaf, frozen)
         if device_memory := _bits.device_memory_of(leaf):
-            return _sums_of_host_memory(leaf, device_memory)
-        return _sums_on_device(leaf)
+            return _sums_of_host_memory(leaf, device_memory, frozen)
+        return _sums_on_device(leaf, frozen)
     except TypeError:  # 6-bit floats, whose bits no compiled function can read
-        return _sums(leaf)
+        return _sums(leaf, frozen)
 
 
-def kind(leaf: Leaf) -> str:
-    """The dtype and shape of a leaf, as a digest begins with them."""
+def kind(leaf: Leaf, part: Part | None = None) -> str:
+    """The dtype and shape of a leaf, as a digest begins with them, and which elements it is of."""
     leaf = leaf if _bits.is_array(leaf) else np.asarray(leaf)
     # That of a struct has spaces, and a digest is split at them.
     dtype = "".join(str(leaf.dtype).split())
-    return f"{dtype}[{','.join(map(str, leaf.shape))}]"
+    elements = "" if part is None else f"@{part.digest}"
+    return f"{dtype}[{','.join(map(str, leaf.shape))}]{elements}"
 
 
 def _hex(sums: Array) -> str:
@@ -137,11 +150,19 @@ def _sums_of(digest: str) -> np.ndarray:
     return np.array([int(digest[-16:-8], 16), int(digest[-8:], 16)], np.uint32)
 
 
-def digests(leaves: Sequence[tuple[str, Leaf]]) -> list[str]:
-    """The digest of each of some leaves, given with their paths; no value is traced."""
-    begun = [_begin(path, leaf) for path, leaf in leaves]  # all, before the first is waited for
+def digests(
+    leaves: Sequence[tuple[str, Leaf]], parts: Sequence[Part | None] | None = None
+) -> list[str]:
+    """The digest of each of some leaves, given with their paths; no value is traced.
+
+    Where there is a part, that is what trains of the leaf, and the digest is of the rest.
+    """
+    parts = [None] * len(leaves) if parts is None else parts
+    rows = [(*leaf, part) for leaf, part in zip(leaves, parts, strict=True)]
+    begun = [_begin(*row) for row in rows]  # all, before the first is waited for
     sums = jax.device_get(begun)
-    return [f"{kind(leaf)} {_hex(each)}" for (_, leaf), each in zip(leaves, sums, strict=True)]
+    pairs = zip(rows, sums, strict=True)
+    return [f"{kind(leaf, part)} {_hex(each)}" for (_, leaf, part), each in pairs]
 
 
 def fingerprint(
@@ -163,7 +184,9 @@ def fingerprint(
     other change, such as a permutation, goes unseen with odds of about one in 2^64. It is a check
     against accidents: who wants to make two leaves of one digest can.
 
-    Leaves that are no arrays (functions, strings) have no bits, and no digest.
+    Leaves that are no arrays (functions, strings) have no bits, and no digest. Given an optimizer
+    that freezes elements within leaves, a digest is of these elements, and says so by an `@`; to
+    compare with it takes that optimizer again.
 
     Args:
       tree: a pytree of arrays.
@@ -194,13 +217,14 @@ def fingerprint(
       >>> before == fo.fingerprint(params | {"encoder": jnp.array([-0.0, 1.0])}, "encoder")
       False
     """
-    resolution = resolve_frozen(frozen, trainable, tree, where=where, to_check=True)
-    leaves = jax.tree.leaves(tree)
-    chosen = [
-        (path, leaves[index])
+    resolution = resolve_in_part(frozen, trainable, tree, where=where, to_check=True)
+    leaves, selected = jax.tree.leaves(tree), held(resolution).selected
+    named = [
+        (index, path)
         for index, path in named_leaves(where, tree)
-        if resolution.selected[index] and resolution.numbers[index]
+        if selected[index] and resolution.numbers[index]
     ]
+    chosen = [(path, leaves[index]) for index, path in named]
     for path, leaf in chosen:
         if is_traced(leaf):
             raise TypeError(
@@ -209,12 +233,14 @@ def fingerprint(
                 "compares with one taken before."
             )
     found: dict[str, list[str]] = {}
-    for (path, _), digest in zip(chosen, digests(chosen), strict=True):
+    parts = [resolution.parts.get(index) for index, _ in named]
+    for (path, _), digest in zip(chosen, digests(chosen, parts), strict=True):
         found.setdefault(path, []).append(digest)
     return {path: ", ".join(entry) for path, entry in found.items()}
 
 
-_Expected: TypeAlias = tuple[str, Leaf, str]  # path, leaf, the digest it should have
+# Path, leaf, what trains of it, the digest it should have.
+_Expected: TypeAlias = tuple[str, Leaf, "Part | None", str]
 
 
 def _require_fingerprint(fingerprint: Mapping[str, str]) -> None:
@@ -235,17 +261,22 @@ def _require_fingerprint(fingerprint: Mapping[str, str]) -> None:
             )
 
 
-def _expected(tree: PyTree, fingerprint: Mapping[str, str], where: Where | None) -> list[_Expected]:
+def _expected(
+    tree: PyTree, fingerprint: Mapping[str, str], where: Where | None, frozen: Frozen
+) -> list[_Expected]:
     """The leaves that a fingerprint knows, one by one.
 
     It is an error if they are not there, or of another kind.
     """
     _require_fingerprint(fingerprint)
+    parts: Mapping[int, Part] = {}
+    if frozen is not None:
+        parts = resolve_in_part(frozen, None, tree, where=where).parts
     all_leaves = jax.tree.leaves(tree)
-    leaves: dict[str, list[Leaf]] = {}
+    leaves: dict[str, list[tuple[Leaf, Part | None]]] = {}
     for index, path in named_leaves(where, tree):
         if is_number(all_leaves[index]):
-            leaves.setdefault(path, []).append(all_leaves[index])
+            leaves.setdefault(path, []).append((all_leaves[index], parts.get(index)))
     expected: list[_Expected] = []
     faults: list[Fault] = []
     for path, entry in fingerprint.items():
@@ -261,12 +292,21 @@ def _expected(tree: PyTree, fingerprint: Mapping[str, str], where: Where | None)
             raise ValueError(
                 f"the fingerprint has {len(kept)} leaves at {path!r}, the tree {len(leaves[path])}."
             )
-        for leaf, digest in zip(leaves[path], kept, strict=True):
+        for (leaf, part), digest in zip(leaves[path], kept, strict=True):
             require_alive(path, leaf)
-            was, found = digest.rpartition(" ")[0], kind(leaf)
+            was = digest.rpartition(" ")[0]
+            # What was taken of a whole leaf is compared with a whole one.
+            part = part if "@" in was else None
+            if "@" in was and (part is None or not was.endswith(f"@{part.digest}")):
+                raise ValueError(
+                    f"the fingerprint of {path!r} is of some of its elements"
+                    + (", and not of those that are frozen here." if part else ".")
+                    + " Give the optimizer that it was taken with, frozen=tx, to say which."
+                )
+            found = kind(leaf, part)
             if was != found:
                 faults.append(Fault(path, f"{was} became {found}"))
-            expected.append((path, leaf, digest))
+            expected.append((path, leaf, part, digest))
     _report(faults, len(expected))
     return expected
 
@@ -288,7 +328,11 @@ def _compare(expected: Sequence[tuple[str, str]], sums: Sequence[Array]) -> None
 
 
 def assert_fingerprint(
-    tree: PyTree, fingerprint: Mapping[str, str], *, where: Where | None = None
+    tree: PyTree,
+    fingerprint: Mapping[str, str],
+    *,
+    where: Where | None = None,
+    frozen: Frozen = None,
 ) -> None:
     """Asserts that the leaves a fingerprint was taken of still hold the same bits.
 
@@ -301,11 +345,13 @@ def assert_fingerprint(
       fingerprint: what `fingerprint` returned.
       where: a function that returns the parameters in a larger state (`lambda state:
         state.params`), where `tree` is one.
+      frozen: the optimizer that the fingerprint was taken with. It is needed, and looked at, where
+        it was taken of elements within leaves.
 
     Raises:
       AssertionError: a leaf differs in dtype, shape or bits; the message names the paths.
       ValueError: the tree has no leaf of a path, a leaf was donated, or the fingerprint is empty or
-        cannot be read.
+        cannot be read; it is of other elements of a leaf than those that `frozen` tells of.
       TypeError: `fingerprint` is no mapping, or a leaf no array.
 
     Example:
@@ -313,16 +359,16 @@ def assert_fingerprint(
       >>> before = fo.fingerprint({"encoder": jnp.ones(2), "head": jnp.ones(2)}, "encoder")
       >>> fo.assert_fingerprint({"encoder": jnp.ones(2), "head": jnp.zeros(2)}, before)
     """
-    expected = _expected(tree, fingerprint, where)
-    sums = [_begin(path, leaf) for path, leaf, _ in expected]
+    expected = _expected(tree, fingerprint, where, frozen)
+    sums = [_begin(*each[:-1]) for each in expected]
     known = [index for index, each in enumerate(sums) if not is_traced(each)]
-    wanted_now = [(expected[index][0], expected[index][2]) for index in known]
+    wanted_now = [(expected[index][0], expected[index][-1]) for index in known]
     _compare(wanted_now, jax.device_get([sums[index] for index in known]))
     found: dict[str, Array] = {}
     wanted: dict[str, Array] = {}
     for index, each in enumerate(sums):
         if is_traced(each):
-            path, _, digest = expected[index]
+            path, *_, digest = expected[index]
             key = f"{index}: {path}"  # several leaves may share a path
             found[key], wanted[key] = each, _sums_of(digest)
     if found:
@@ -337,8 +383,11 @@ class Watch:
     It is called with the parameters of each step, and looks at every n-th.
     """
 
-    def __init__(self, fingerprint: Mapping[str, str], every: int, where: Where | None):
-        self._fingerprint, self._every, self._where = fingerprint, every, where
+    def __init__(
+        self, fingerprint: Mapping[str, str], every: int, where: Where | None, frozen: Frozen
+    ):
+        self._fingerprint, self._every = fingerprint, every
+        self._where, self._frozen = where, frozen
         self._calls = 0
         # A check that is under way: at which call it was begun, the digests by path, and the sums.
         self._begun: tuple[int, list[tuple[str, str]], list[Array]] | None = None
@@ -348,9 +397,9 @@ class Watch:
         self._calls += 1
         if self._calls % self._every == 0:
             self.finish()
-            expected = _expected(tree, self._fingerprint, self._where)
-            kept = [(path, digest) for path, _, digest in expected]
-            sums = [_begin(path, leaf) for path, leaf, _ in expected]
+            expected = _expected(tree, self._fingerprint, self._where, self._frozen)
+            kept = [(path, digest) for path, *_, digest in expected]
+            sums = [_begin(*each[:-1]) for each in expected]
             self._begun = (self._calls, kept, sums)
 
     def finish(self) -> None:
@@ -364,7 +413,11 @@ class Watch:
 
 
 def watch_fingerprint(
-    fingerprint: Mapping[str, str], every: int = 100, *, where: Where | None = None
+    fingerprint: Mapping[str, str],
+    every: int = 100,
+    *,
+    where: Where | None = None,
+    frozen: Frozen = None,
 ) -> Watch:
     """A check for a training loop that does not make it wait.
 
@@ -377,6 +430,7 @@ def watch_fingerprint(
       every: how many calls from check to check, at least one.
       where: a function that returns the parameters in a larger state (`lambda state:
         state.params`), where the check is called with one.
+      frozen: as for `assert_fingerprint`.
 
     Returns:
       A function of the parameters, to be called after each step, with a method `finish`.
@@ -402,4 +456,4 @@ def watch_fingerprint(
             f"every is {every}: a check is made at every call, every=1, or less often."
         )
     _require_fingerprint(fingerprint)
-    return Watch(fingerprint, every, where)
+    return Watch(fingerprint, every, where, frozen)

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from frozen_optax import _bits
+from frozen_optax._elements import frozen_in_part, lay
 from frozen_optax._messages import quoted
 from frozen_optax._resolution import Resolution
-from frozen_optax._selection import frozen_selector
-from frozen_optax._selectors import resolve
 from frozen_optax._trees import describe, require_same_structure
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree
 from frozen_optax._variables import refuse_changed
@@ -30,14 +29,14 @@ _OVERWRITTEN = "_overwrite_with_gradient"
 def _gradient(
     resolution: Resolution, params: list[Leaf], trained: list[Leaf], holes: bool
 ) -> PyTree:
-    """The gradient of the whole tree from those of the trainable leaves."""
-    if holes:
-        return jax.tree.unflatten(resolution.holed, trained)
-    return resolution.fill(map(_bits.known_zero, params), trained)
+    """The gradient of the whole tree from those of what is trained."""
+    whole = resolution.merge(map(_bits.known_zero, params), trained)
+    return resolution.of_leaves.cut(whole) if holes else resolution.unflatten(whole)
 
 
 def _refuse_undifferentiable(resolution: Resolution, leaves: list[Leaf]) -> None:
     """Raise for a trainable leaf that no gradient can be taken of."""
+    resolution = resolution.of_leaves
     for path, leaf in zip(resolution.complement.chosen, resolution.rest(leaves), strict=True):
         if not _bits.is_differentiable(leaf):
             raise TypeError(
@@ -119,7 +118,7 @@ def value_and_grad(
       >>> float(value), float(grads["scale"]), grads["base"].tolist()
       (6.0, 3.0, [0, 0, 0])
     """
-    selector = frozen_selector(frozen, trainable)
+    selector, elements = frozen_in_part(frozen, trainable)
     is_one, places = _as_places(argnums)
 
     @functools.wraps(fun)
@@ -134,7 +133,9 @@ def value_and_grad(
                 f"argnums is {argnums}, which names an argument twice among the {len(args)} given."
             )
         leaves = [jax.tree.leaves(args[place]) for place in at]
-        resolutions = [resolve(selector, args[place], to_train=True) for place in at]
+        # Leaves that train in part are differentiated whole: what reads them reads all of them.
+        in_part = [lay(selector, elements, args[place], to_train=True) for place in at]
+        resolutions = [resolution.of_leaves for resolution in in_part]
 
         for resolution, each in zip(resolutions, leaves, strict=True):
             _refuse_undifferentiable(resolution, each)
@@ -157,8 +158,8 @@ def value_and_grad(
         differentiate = jax.value_and_grad(of_trainable, every_part, has_aux, holomorphic)
         value, of_parts = differentiate(*parts)
         grads = tuple(
-            _gradient(resolution, each, trained, holes)
-            for resolution, each, trained in zip(resolutions, leaves, of_parts, strict=True)
+            _gradient(resolution, each, resolution.narrow(trained), holes)
+            for resolution, each, trained in zip(in_part, leaves, of_parts, strict=True)
         )
         return value, grads[0] if is_one else grads
 
@@ -268,12 +269,12 @@ def value_and_grad_from_state(
       >>> bool(loss(params) < 1e-3)
       True
     """
-    selector = frozen_selector(frozen, trainable)
-    computed = value_and_grad(fun, selector, holes=True)
+    selector, elements = frozen_in_part(frozen, trainable)
+    computed = value_and_grad(fun, frozen, trainable=trainable, holes=True)
 
     @functools.wraps(fun)
     def from_state(params: PyTree, *args: Any, state: PyTree, **kwargs: Any) -> tuple[Any, Any]:
-        resolution = resolve(selector, params, to_train=True)
+        resolution = lay(selector, elements, params, to_train=True)
         leaves = jax.tree.leaves(params)
         stored_value = optax.tree_utils.tree_get(state, "value")
         stored = optax.tree_utils.tree_get(state, "grad")
@@ -288,7 +289,7 @@ def value_and_grad_from_state(
 
         def compute() -> tuple[Array, list[Leaf]]:
             value, grads = computed(params, *args, **kwargs)
-            return value, jax.tree.leaves(grads)
+            return value, resolution.narrow(jax.tree.leaves(grads))
 
         def take() -> tuple[Array, list[Leaf]]:
             return known, jax.tree.leaves(stored)

@@ -263,7 +263,8 @@ def jit(
             f"jit takes a function, found {fun!r}. What is frozen goes by name: "
             f"jit(step, frozen={fun!r})."
         )
-    selector = frozen_selector(frozen, trainable, where)
+    # A leaf that is frozen in part goes through whole, as one that trains.
+    selector = frozen_selector(frozen, trainable, where, in_part=True)
     if fun is None:
         return lambda fun: Step(fun, selector, where, discard, options)
     return Step(fun, selector, where, discard, options)

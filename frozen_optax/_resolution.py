@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import optax
@@ -106,15 +107,33 @@ class Resolution:
         """Those of `leaves` that are not selected."""
         return [leaf for leaf, selected in zip(leaves, self.selected, strict=True) if not selected]
 
+    def narrow(self, rest: Iterable[Leaf]) -> list[Leaf]:
+        """The same, from the leaves that are not selected as whole ones."""
+        return list(rest)
+
     def cut(self, leaves: Iterable[Leaf]) -> PyTree:
         """The tree of those of `leaves` that are not selected, in the `holed` structure."""
         return jax.tree.unflatten(self.holed, self.rest(leaves))
 
-    def fill(self, leaves: Iterable[Leaf], rest: Iterable[Leaf]) -> PyTree:
-        """The whole tree: those of `leaves` that are selected, `rest` in place of the others."""
+    def merge(self, leaves: Iterable[Leaf], rest: Iterable[Leaf]) -> list[Leaf]:
+        """All leaves: those of `leaves` that are selected, `rest` in place of the others."""
         rest = iter(rest)
         pairs = zip(leaves, self.selected, strict=True)
-        return self.unflatten([leaf if chosen else next(rest) for leaf, chosen in pairs])
+        return [leaf if chosen else next(rest) for leaf, chosen in pairs]
+
+    def fill(self, leaves: Iterable[Leaf], rest: Iterable[Leaf]) -> PyTree:
+        """The whole tree of what `merge` gives."""
+        return self.unflatten(self.merge(leaves, rest))
+
+    @functools.cached_property
+    def parts(self) -> Mapping[int, Any]:
+        """What is left of leaves that are selected in part, by their indices: `_parts.py`."""
+        return {}
+
+    @functools.cached_property
+    def of_leaves(self) -> Resolution:
+        """The same of whole leaves, those that are selected in part being not selected."""
+        return self
 
     @functools.cached_property
     def holed(self) -> TreeDef:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from frozen_optax import _bits
-from frozen_optax._selection import resolve_frozen
+from frozen_optax._elements import resolve_in_part
 from frozen_optax._trees import describe, is_hole, is_number, is_traced, require_alive
 from frozen_optax._typing import Frozen, Leaf, PyTree, Where
 from frozen_optax._variables import refuse_live
@@ -70,7 +70,8 @@ def restore(
         several parts; paths are relative to each. All else is that of `params`.
 
     Returns:
-      A tree in the structure of `params`.
+      A tree in the structure of `params`. Of a leaf in which an optimizer given for `frozen`
+      freezes elements these are the reference's, and the others those of `params`.
 
     Raises:
       TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
@@ -84,12 +85,13 @@ def restore(
       >>> fo.restore({"encoder": 1.5, "head": 2.5}, {"encoder": 1.0, "head": 2.0}, "encoder")
       {'encoder': 1.0, 'head': 2.5}
     """
-    resolution = resolve_frozen(frozen, trainable, params, where=where)
+    resolution = resolve_in_part(frozen, trainable, params, where=where)
     refuse_live(reference, params)
     leaves = jax.tree.leaves(params)
     references = counterparts(where, params, reference, "the reference")
     for (index, path), kept in zip(named_leaves(where, params), references, strict=True):
-        if not resolution.selected[index]:
+        part = resolution.parts.get(index)
+        if not (resolution.selected[index] or part):
             continue
         if not resolution.numbers[index] and (kept is None or is_hole(kept)):
             continue  # a reference of arrays alone
@@ -98,5 +100,5 @@ def restore(
             raise ValueError(
                 f"the reference does not fit the parameters at {path!r}: {difference}."
             )
-        leaves[index] = kept
+        leaves[index] = kept if part is None else part.choose(kept, leaves[index])
     return resolution.unflatten(leaves)

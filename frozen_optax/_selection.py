@@ -157,14 +157,18 @@ def _is_pattern_or_function(item: Frozen) -> bool:
     return isinstance(item, (Selector, str, re.Pattern)) or is_function(item)
 
 
-def as_selector(selection: Frozen) -> Selector:
-    """What a user may write for `frozen` or `trainable`, as a `Selector`."""
+def as_selector(selection: Frozen, in_part: bool = False) -> Selector:
+    """What a user may write for `frozen` or `trainable`, as a `Selector` of whole leaves.
+
+    An optimizer that freezes elements within leaves says more than that. It is refused, unless who
+    asks takes the elements `in_part`, by `_elements.py`.
+    """
     if isinstance(selection, Selector):
         return selection
     if isinstance(selection, (str, re.Pattern)):
         return by_path(selection)
     if _is_optimizer(selection):
-        return _of_optimizer(selection)
+        return _of_optimizer(selection, in_part)
     if (of_nnx := _nnx_filter(selection)) is not None:
         return of_nnx
     if is_function(selection):
@@ -197,9 +201,17 @@ def _is_optimizer(value: Frozen) -> bool:
     return has_both and not isinstance(value, type)
 
 
-def _of_optimizer(optimizer: Frozen) -> Selector:
+def _of_optimizer(optimizer: Frozen, in_part: bool) -> Selector:
     """What an optimizer holds still, if `with_frozen` made it."""
     frozen = getattr(optimizer, "frozen", None)
+    elements = getattr(optimizer, "elements", None)
+    if isinstance(frozen, Selector) and elements is not None and not in_part:
+        raise TypeError(
+            f"this optimizer freezes elements within leaves, {elements!r}, and what it is given to "
+            "knows whole leaves only. For those that are frozen as a whole give tx.frozen. "
+            "Elements are known to with_frozen, grad, value_and_grad, jit, nnx_jit, apply_updates, "
+            "restore, assert_frozen, fingerprint, save_trained and summary."
+        )
     if isinstance(frozen, Selector):
         return frozen
     raise TypeError(
@@ -209,10 +221,13 @@ def _of_optimizer(optimizer: Frozen) -> Selector:
     )
 
 
-def frozen_selector(frozen: Frozen, trainable: Frozen, where: Where | None = None) -> Selector:
+def frozen_selector(
+    frozen: Frozen, trainable: Frozen, where: Where | None = None, *, in_part: bool = False
+) -> Selector:
     """The selector of the frozen leaves, from exactly one of the first two arguments.
 
-    With `where` it selects in the whole state, and nothing outside of what `where` names.
+    With `where` it selects in the whole state, and nothing outside of what `where` names. `in_part`
+    says that who asks takes elements within leaves, too, or passes such leaves through whole.
     """
     if (frozen is None) == (trainable is None):
         given = "neither" if frozen is None else "both"
@@ -222,7 +237,7 @@ def frozen_selector(frozen: Frozen, trainable: Frozen, where: Where | None = Non
     if _is_optimizer(trainable):
         raise TypeError("an optimizer says what is frozen, not what is trainable: write frozen=tx.")
     if trainable is None:
-        return within(as_selector(frozen), where)
+        return within(as_selector(frozen, in_part), where)
     return within(Rest(as_selector(trainable), may_be_empty=True), where)
 
 

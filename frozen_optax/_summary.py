@@ -17,8 +17,10 @@ import numpy as np
 import optax
 
 from frozen_optax import _bits
-from frozen_optax._selection import by_mask, frozen_selector
-from frozen_optax._selectors import Selector, resolve
+from frozen_optax._elements import Elements, frozen_in_part, lay
+from frozen_optax._resolution import Resolution
+from frozen_optax._selection import by_mask
+from frozen_optax._selectors import Selector
 from frozen_optax._summary_table import Memory, Row, Summary
 from frozen_optax._trees import flatten_with_holes, is_hole, keystr, spec
 from frozen_optax._typing import Frozen, KeyPath, Leaf, PyTree
@@ -83,6 +85,21 @@ def _shard(path: str, leaf: Leaf, whole: Leaf) -> Leaf:
         return jax.ShapeDtypeStruct(sharding.shard_shape(whole.shape), whole.dtype)
     except ValueError as error:
         raise ValueError(f"the leaf at {path!r} cannot be sharded as it says: {error}") from error
+
+
+def _leaves_of(
+    resolution: Resolution, key_paths: Sequence[KeyPath], specs: Sequence[Leaf]
+) -> Iterator[_Leaf]:
+    """The leaves; one that is frozen in part is two, what is frozen and what is trained."""
+    number = itertools.count()
+    for index, (keys, each) in enumerate(zip(key_paths, specs, strict=True)):
+        part = resolution.parts.get(index)
+        if part is None:
+            yield _Leaf.of((*keys, next(number)), resolution.selected[index], each)
+            continue
+        for frozen, shape in ((True, part.frozen_shape), (False, part.trained_shape)):
+            struct = jax.ShapeDtypeStruct(shape, each.dtype)
+            yield _Leaf.of((*keys, next(number)), frozen, struct)
 
 
 class _Subtree(NamedTuple):
@@ -193,24 +210,36 @@ def _rows(leaves: list[_Leaf], depth: int) -> tuple[Row, ...]:
     return tuple(row for _, row in rows)
 
 
+def _trained_specs(resolution: Resolution, specs: Sequence[Leaf]) -> list[Leaf]:
+    """Shapes and dtypes, of a leaf that is frozen in part those of what trains."""
+    found = list(specs)
+    for index, part in resolution.parts.items():
+        found[index] = jax.ShapeDtypeStruct(part.trained_shape, specs[index].dtype)
+    return found
+
+
 def _memory(
     params: PyTree,
     specs: list[Leaf],
-    selector: Selector,
+    said: tuple[Selector, Elements | None],
     optimizer: optax.GradientTransformation | None,
 ) -> Memory:
     """What `params` take to train, their leaves having the shapes of `specs`."""
-    resolution = resolve(selector, params)
-    trained = resolution.rest(specs)
+    resolution = lay(*said, params)
+    trained = resolution.of_leaves.rest(specs)
     state = None
     if optimizer is not None:
         _bits.refuse_untrainable(resolution, specs)
+        selector, of_state = said[0], trained
+        if resolution.parts:  # each device holds state for all that trains of such a leaf
+            selector = by_mask(resolution.unflatten(resolution.selected))
+            of_state = resolution.of_leaves.rest(_trained_specs(resolution, specs))
         # Integers are counted, whether or not it makes sense to train them.
         tx = with_frozen(optimizer, selector, allow_int=True)
         # What is frozen is taken as it is: it need not be an array.
         leaves = jax.tree.leaves(params)
-        of_trained = lambda trained: tx.init(resolution.fill(leaves, trained))
-        made = jax.eval_shape(of_trained, trained)
+        init = lambda trained: tx.init(resolution.of_leaves.fill(leaves, trained))
+        made = jax.eval_shape(init, of_state)
         state = sum(map(_bytes, jax.tree.leaves(made)))
     has_gradient = lambda spec: _bits.is_array(spec) and _bits.is_differentiable(spec)
     return Memory(
@@ -231,11 +260,11 @@ class _Compared(NamedTuple):
 def _compared(
     params: PyTree,
     specs: list[Leaf],
-    selector: Selector,
+    said: tuple[Selector, Elements | None],
     optimizer: optax.GradientTransformation | None,
 ) -> _Compared:
     """The memory with freezing and without."""
-    memory, nothing = _memory(params, specs, selector, optimizer), by_mask(False)
+    memory, nothing = _memory(params, specs, said, optimizer), (by_mask(False), None)
     try:
         return _Compared(memory, _memory(params, specs, nothing, optimizer), "")
     except Exception as error:  # whatever an optimizer raises for leaves that it was not made for
@@ -271,7 +300,11 @@ def summary(
     - of the gradients it holds the same shards, in the parameters' dtypes, for those that are
       trained and float;
     - of the optimizer state it holds what `optimizer.init` returns for these shards: moments are
-      sharded as their parameters are, counts and the like are there on every device.
+      sharded as their parameters are, counts and the like are there on every device, and so is the
+      state of elements that train within a leaf.
+
+    A leaf in which elements are frozen has two rows, what is frozen and what is trained, and counts
+    as a leaf in both; its gradient is that of the whole leaf.
 
     Activations and temporary arrays come on top. Where layers lie on different devices the estimate
     is too high: each device is taken to hold a shard of every leaf.
@@ -330,18 +363,17 @@ def summary(
       >>> report.memory_without_freezing.optimizer_state
       71684
     """
-    selector = frozen_selector(frozen, trainable)
-    resolution = resolve(selector, params)
+    said = frozen_in_part(frozen, trainable)
+    resolution = lay(*said, params)
     leaves = jax.tree.leaves(params)
     _refuse_symbolic(resolution.paths, leaves)
     key_paths = [keys for keys, node in flatten_with_holes(params) if not is_hole(node)]
-    keys = [(*key_path, index) for index, key_path in enumerate(key_paths)]
     whole = list(map(_whole, leaves))
     shard = list(map(_shard, resolution.paths, leaves, whole))
-    everywhere = _compared(params, whole, selector, optimizer)
-    per_device = everywhere if shard == whole else _compared(params, shard, selector, optimizer)
+    everywhere = _compared(params, whole, said, optimizer)
+    per_device = everywhere if shard == whole else _compared(params, shard, said, optimizer)
     return Summary(
-        rows=_rows(list(map(_Leaf.of, keys, resolution.selected, whole)), depth),
+        rows=_rows(list(_leaves_of(resolution, key_paths, whole)), depth),
         memory=everywhere.with_freezing,
         memory_without_freezing=everywhere.without,
         memory_per_device=per_device.with_freezing,

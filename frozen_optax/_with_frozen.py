@@ -17,11 +17,13 @@ import jax
 import optax
 
 from frozen_optax import _bits
+from frozen_optax._elements import Elements, elements_of, lay
 from frozen_optax._extra_args import cut_extra_args, with_extra_args
 from frozen_optax._freeze import is_placeholder, resolve_without_params
+from frozen_optax._parts import held
 from frozen_optax._resolution import Resolution
 from frozen_optax._selection import frozen_selector
-from frozen_optax._selectors import Selector, resolve
+from frozen_optax._selectors import Selector
 from frozen_optax._state_layout import StateLayout, forms, tells
 from frozen_optax._trees import describe, is_hole, up_to
 from frozen_optax._typing import Frozen, Leaf, PyTree
@@ -62,6 +64,7 @@ def _refuse_untrainable(resolution: Resolution, leaves: list[Leaf], allow_int: b
 
     Or, unless that is allowed, for one that cannot be moved a little.
     """
+    resolution = resolution.of_leaves
     _bits.refuse_untrainable(resolution, leaves)
     for path, leaf in zip(resolution.complement.chosen, resolution.rest(leaves), strict=True):
         if _bits.is_key(leaf):
@@ -81,7 +84,7 @@ def _refuse_missing(resolution: Resolution, gradients: list[Leaf], allow_zero: b
 
     Or, unless that is allowed, where it has the one that `fo.grad` gives a frozen leaf.
     """
-    trainable = resolution.rest(gradients)
+    trainable = resolution.of_leaves.rest(gradients)
     for path, gradient in zip(resolution.complement.chosen, trainable, strict=True):
         is_float0 = getattr(gradient, "dtype", None) == jax.dtypes.float0
         if gradient is None or is_hole(gradient) or is_float0:
@@ -125,9 +128,11 @@ class FrozenOptimizer(optax.GradientTransformationExtraArgs):
     Attributes:
       frozen: the `Selector` of the frozen leaves. A copy that was put together from `init` and
         `update` has none.
+      elements: what is frozen within leaves, None if nothing is.
     """
 
     frozen: Selector
+    elements: Elements | None = None
 
 
 def with_frozen(
@@ -135,6 +140,7 @@ def with_frozen(
     frozen: Frozen = None,
     *,
     trainable: Frozen = None,
+    elements: Any = None,
     allow_int: bool = False,
     allow_zero: bool = False,
 ) -> FrozenOptimizer:
@@ -156,6 +162,12 @@ def with_frozen(
     A leaf that is no array (the activation function in an Equinox module) is frozen whatever is
     said, and its update is None, as `eqx.apply_updates` has it.
 
+    Elements within a leaf are frozen by `elements`. To the optimizer such a leaf is what trains of
+    it, and nothing else: whole rows and blocks are a smaller array of the same rank, scattered
+    elements a vector. So frozen elements have no state, enter no norm, and no optimizer can move
+    them; one that couples elements (Adafactor, Muon, LAMB) couples those of the smaller array. Its
+    update has the shape of the leaf, and in frozen elements the number that adds nothing.
+
     For `optax.lookahead` the parameters are a pair of trees; what is frozen is said of one and
     holds for both.
 
@@ -171,7 +183,15 @@ def with_frozen(
       frozen: the leaves that are frozen: a glob on their paths (`"encoder"`), a compiled regex, a
         `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, a pytree of bools,
         or the optimizer that `with_frozen` returned.
-      trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given.
+      trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given, or
+        with `elements` none, and then nothing is frozen as a whole.
+      elements: a mapping from selections, as `frozen` takes them, to what is frozen within their
+        leaves: a boolean array over the leading axes (True is frozen), of the length of the first
+        axis for rows or of the leaf's shape; a slice of the first axis, or a list of indices of it;
+        or a function of the leaf's `jax.ShapeDtypeStruct` that returns one of these. It is a part
+        of the program and cannot be traced. Elements that train and form no block are gathered and
+        scattered, by four bytes of indices for each of their rows (for each element and axis, where
+        they are no rows) in the compiled program.
       allow_int: whether trainable leaves may be other than float and complex: integers, which an
         optimizer truncates.
       allow_zero: whether a trainable leaf may have the gradient that `fo.grad` gives a frozen one.
@@ -187,11 +207,14 @@ def with_frozen(
 
     Raises:
       TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
-        leaves. At `init`: a frozen leaf is a Python scalar, or a 64-bit host array without x64,
+        leaves; `elements` is no mapping to masks, slices, indices or functions, or is traced. At
+        `init`: a frozen leaf is a Python scalar, or a 64-bit host array without x64,
         which no compiled function keeps; a trainable leaf is neither float nor complex.
       ValueError: at `init`, or at the first update: a pattern selects nothing, a mask does not fit,
         everything is frozen and nobody said so (`"**"`, `True`); `optax.partition` has labels of
-        frozen leaves and no group for them. At `update`: the tree or the state is not that of
+        frozen leaves and no group for them; of `elements`, a mask has another shape, an index is
+        out of range, all of a leaf or nothing of it is frozen, a leaf is named twice, or frozen as
+        a whole as well. At `update`: the tree or the state is not that of
         `init`; a trainable leaf has no gradient, or that of a frozen one; the parameters are
         missing where they are needed. The message names the path.
 
@@ -208,15 +231,26 @@ def with_frozen(
       [-0.0, 1.0]
     """
     inner = with_extra_args(optimizer)
-    selector = frozen_selector(frozen, trainable)
+    of_elements = elements_of(frozen) if elements is None else Elements.of(elements)
+    if elements is not None and elements_of(frozen) is not None:
+        raise TypeError(
+            f"the optimizer given for frozen= has elements of its own, {elements_of(frozen)!r}. "
+            "Leave elements= out, or give tx.frozen."
+        )
+    if elements is not None and frozen is None and trainable is None:
+        frozen = False
+    selector = frozen_selector(frozen, trainable, in_part=True)
     layout = StateLayout()
+
+    def resolve_frozen(params: PyTree) -> Resolution:
+        return lay(selector, of_elements, params, to_train=True)
 
     def init_fn(params: PyTree) -> PyTree:
         if is_placeholder(params):  # optax asks where parameters go, and there are none to freeze
             return inner.init(params)
-        resolution = resolve(selector, _one(params), to_train=True)
+        resolution = resolve_frozen(_one(params))
         leaves = jax.tree.leaves(_one(params))
-        _bits.refuse_unkeepable(resolution, leaves)
+        _bits.refuse_unkeepable(held(resolution), leaves)
         _refuse_untrainable(resolution, leaves, allow_int)
         if resolution.nothing_left:  # not every optimizer takes an empty tree
             return optax.EmptyState()
@@ -234,7 +268,16 @@ def with_frozen(
             fresh = jax.eval_shape(lambda: inner.init(_trainable(resolution, updates)))
             return tells(resolution, state, fresh)
 
-        return resolve_without_params(selector, updates, is_settled)
+        resolution = resolve_without_params(selector, updates, is_settled)
+        if of_elements is None:
+            return resolution
+        if of_elements.reads_more:
+            raise ValueError(
+                f"elements={of_elements!r} reads more of the parameters than their paths and "
+                "shapes, which gradients need not have. Pass the parameters: update(updates, "
+                "state, params)."
+            )
+        return of_elements.lay(resolution, updates)
 
     def update_fn(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
@@ -242,7 +285,7 @@ def with_frozen(
         if params is None:
             resolution = resolve_updates(updates, state)
         else:
-            resolution = resolve(selector, _one(params), to_train=True)
+            resolution = resolve_frozen(_one(params))
         gradients = resolution.up_to(updates, "updates")
         _refuse_missing(resolution, gradients, allow_zero)
         # Updates have the shapes and dtypes of the parameters, as far as these are known.
@@ -275,4 +318,5 @@ def with_frozen(
 
     transformation = FrozenOptimizer(init_fn, update_fn)
     transformation.frozen = selector
+    transformation.elements = of_elements
     return transformation

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import benchmarks.__main__ as command
 from benchmarks import tables
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, OF_ROWS
 from benchmarks.isolated import communication
 from benchmarks.measures import compiling, nbytes, runner, spread, stepping
 from benchmarks.plots import draw
@@ -31,7 +31,7 @@ from benchmarks.suite import (
     share,
     small,
 )
-from benchmarks.workloads import require_products, scanned, unrolled
+from benchmarks.workloads import embedding, require_products, scanned, unrolled
 
 ROOT = Path(__file__).parent.parent
 WORKLOADS = {
@@ -77,6 +77,23 @@ def test_contenders_can_be_donated(name):
         *(jax.tree.leaves(train(name, workload, donate)) for donate in (True, False)), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_new_rows_of_a_table_train_alike_in_one_array_or_in_two(donate):
+    workload, found = embedding(50, 8, 3), {}
+    for contender in (CONTENDERS["limit"], *OF_ROWS):
+        training = contender(workload, optax.adamw(1e-2))
+        step, state = training.compile_with(donate), training.state
+        state = jax.tree.map(lambda leaf: leaf.copy(), state)
+        for _ in range(3):
+            state = step(*state, *training.constant, workload.batch)[: len(state)]
+        found[contender.name] = training.whole(state)
+    for contender in OF_ROWS:
+        ours, limit = found[contender.name], found["limit"]
+        assert np.array_equal(ours["table"], limit["table"]) is not contender.moves
+        np.testing.assert_allclose(ours["new"], limit["new"], rtol=1e-4, atol=1e-5)
+    assert not np.array_equal(found["limit"]["new"], workload.params["new"])
 
 
 @pytest.mark.parametrize(

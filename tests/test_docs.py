@@ -163,7 +163,7 @@ BLOCKS = {
     "README.md": 1,
     "docs/checks.md": 1,
     "docs/checkpoints.md": 6,
-    "docs/choosing.md": 2,
+    "docs/choosing.md": 5,
     "docs/cookbook.md": 11,
     "docs/cost.md": 1,
     "docs/distributed.md": 1,

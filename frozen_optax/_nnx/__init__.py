@@ -203,7 +203,8 @@ def nnx_jit(
             f"nnx_jit takes a function, found {fun!r}. What is frozen goes by name: "
             f"nnx_jit(step, frozen={fun!r})."
         )
-    selector = frozen_selector(frozen, trainable)
+    # A leaf that is frozen in part goes through whole, as one that trains.
+    selector = frozen_selector(frozen, trainable, in_part=True)
 
     def compiled(fun: Callable[..., Any]) -> NnxStep[..., Any]:
         from frozen_optax._nnx._jit import NnxStep
