@@ -24,7 +24,7 @@ import numpy as np
 from frozen_optax import _bits
 from frozen_optax._messages import Fault, listed
 from frozen_optax._selection import resolve_frozen
-from frozen_optax._trees import describe, is_number, is_traced, require_alive
+from frozen_optax._trees import describe, is_traced, objects_in, require_alive
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree, Where
 from frozen_optax._where import named_leaves
 
@@ -241,10 +241,10 @@ def _expected(tree: PyTree, fingerprint: Mapping[str, str], where: Where | None)
     It is an error if they are not there, or of another kind.
     """
     _require_fingerprint(fingerprint)
-    all_leaves = jax.tree.leaves(tree)
+    all_leaves, objects = jax.tree.leaves(tree), objects_in(tree)
     leaves: dict[str, list[Leaf]] = {}
     for index, path in named_leaves(where, tree):
-        if is_number(all_leaves[index]):
+        if index not in objects:
             leaves.setdefault(path, []).append(all_leaves[index])
     expected: list[_Expected] = []
     faults: list[Fault] = []

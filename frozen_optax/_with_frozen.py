@@ -153,8 +153,9 @@ def with_frozen(
       what they always do. With everything frozen there is nothing to run: the state is an
       `optax.EmptyState`, and `optax.tree_map_params` does not fit it.
 
-    A leaf that is no array (the activation function in an Equinox module) is frozen whatever is
-    said, and its update is None, as `eqx.apply_updates` has it.
+    A leaf that is no array (the activation function in an Equinox module, and there a Python number
+    as well, the rate of a Dropout) is frozen whatever is said, and its update is None, as
+    `eqx.apply_updates` has it.
 
     For `optax.lookahead` the parameters are a pair of trees; what is frozen is said of one and
     holds for both.
@@ -187,8 +188,9 @@ def with_frozen(
 
     Raises:
       TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
-        leaves. At `init`: a frozen leaf is a Python scalar, or a 64-bit host array without x64,
-        which no compiled function keeps; a trainable leaf is neither float nor complex.
+        leaves. At `init`: a frozen leaf is a Python scalar outside of such modules, or a 64-bit
+        host array without x64, which no compiled function keeps; a trainable leaf is neither float
+        nor complex.
       ValueError: at `init`, or at the first update: a pattern selects nothing, a mask does not fit,
         everything is frozen and nobody said so (`"**"`, `True`); `optax.partition` has labels of
         frozen leaves and no group for them. At `update`: the tree or the state is not that of
