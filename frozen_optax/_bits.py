@@ -274,8 +274,9 @@ def refuse_unkeepable(frozen: Resolution, leaves: Iterable[Leaf]) -> None:
 
     These are Python scalars, and 64-bit arrays on the host where 64 bits are not enabled.
     """
-    for path, is_frozen, leaf in zip(frozen.paths, frozen.selected, leaves, strict=True):
-        if is_frozen and (found := _unkeepable(leaf)):
+    rows = zip(frozen.paths, frozen.selected, frozen.numbers, leaves, strict=True)
+    for path, is_frozen, is_passed, leaf in rows:  # an object is passed to no compiled function
+        if is_frozen and is_passed and (found := _unkeepable(leaf)):
             raise TypeError(
                 f"the frozen leaf {path!r} is {found}: a compiled function would hand it back "
                 "changed. Pass jnp.asarray(...) of it, in the dtype that it shall keep."

@@ -34,7 +34,7 @@ from frozen_optax._trees import (
     is_number,
     is_traced,
     leaves_if,
-    objects_among,
+    objects_in,
     refuse_mutable,
     require_alive,
 )
@@ -196,8 +196,8 @@ def _is_outdated(step: Stored, args: Sequence[Any], kwargs: dict[str, Any]) -> b
     """Whether a leaf is no number any more that was one in the last call, of the same structure."""
     if step.last is None:
         return False
-    leaves = jax.tree.leaves(_first_by_position(step.asked, args, kwargs)[0][0])
-    return objects_among(leaves) != step.last[0].objects
+    first = _first_by_position(step.asked, args, kwargs)[0][0]
+    return objects_in(first) != frozenset(step.last[0].objects)
 
 
 def with_rows(

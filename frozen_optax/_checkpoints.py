@@ -27,7 +27,7 @@ from frozen_optax._fingerprints import kind
 from frozen_optax._messages import Fault, listed, quoted
 from frozen_optax._selection import frozen_selector
 from frozen_optax._selectors import resolve
-from frozen_optax._trees import is_number, is_traced
+from frozen_optax._trees import is_traced, objects_in
 from frozen_optax._typing import Frozen, PyTree, Where
 from frozen_optax._variables import refuse_tied
 from frozen_optax._where import named_leaves
@@ -44,7 +44,8 @@ def _places(where: Where | None, tree: PyTree) -> list[Place]:
                 f"the values of {place.path!r} are not known while tracing. Save and load outside "
                 "of the compiled function."
             )
-    return [place for place in places if is_number(place.leaf)]
+    objects = objects_in(tree)
+    return [place for place in places if place.index not in objects]
 
 
 def _refuse_structs(places: Sequence[Place], what_to_do: str) -> None:
@@ -81,8 +82,9 @@ def save_trained(
 
     Args:
       path: of a directory, which is made. One with a scheme (`gs://...`) is Orbax's to understand.
-      params: a pytree of arrays. What is no array and no number (a function in an Equinox module)
-        is not saved. Of a whole state, optimizer and all, what is not frozen is saved in one go.
+      params: a pytree of arrays. What is no array and no number (a function) is not saved, and in
+        an Equinox module no number of Python's either. Of a whole state, optimizer and all, what is
+        not frozen is saved in one go.
       frozen: the leaves that were frozen: a glob on their paths (`"encoder"`), a compiled regex, a
         `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, a pytree of bools,
         or the optimizer that `with_frozen` returned.

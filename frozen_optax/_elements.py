@@ -18,7 +18,7 @@ from frozen_optax._parts import Part, PartialResolution
 from frozen_optax._resolution import Resolution
 from frozen_optax._selection import as_selector, frozen_selector
 from frozen_optax._selectors import Reads, Selector, name_of, reads, resolve
-from frozen_optax._trees import Memory, describe, is_number, is_traced, spec
+from frozen_optax._trees import Memory, describe, is_traced, spec
 from frozen_optax._typing import Frozen, Leaf, PyTree, Where
 from frozen_optax._where import within
 
@@ -199,7 +199,7 @@ class Elements:
         for said in self._said.values():
             found = resolve(said.selector, tree)
             for index in itertools.compress(range(len(leaves)), found.selected):
-                if not is_number(leaves[index]):  # it is frozen for what it is
+                if index in resolution.objects:  # it is frozen for what it is
                     continue
                 path = resolution.paths[index]
                 if index in chosen:

@@ -84,8 +84,8 @@ def _is_tangent(resolution: Resolution, params: list[Leaf], tree: PyTree) -> boo
     return True
 
 
-def _zero_tangent(leaf: Leaf) -> Array | None:
-    if not is_number(leaf):
+def _zero_tangent(leaf: Leaf, is_number: bool) -> Array | None:
+    if not is_number:
         return None
     if _bits.is_differentiable(leaf):
         return jnp.zeros_like(leaf)
@@ -137,8 +137,8 @@ class _OnTrainable:
                 "frozen values are not known. Pass the parameters: "
                 "update(updates, state, params, ...)."
             )
-        frozen = next(fillings, None) or map(_zero_tangent, self._params)
-        return self._resolution.fill(frozen, jax.tree.leaves(tree))
+        zeros = map(_zero_tangent, self._params, self._resolution.numbers)
+        return self._resolution.fill(next(fillings, None) or zeros, jax.tree.leaves(tree))
 
     def _is_trainable_part(self, tree: PyTree) -> bool:
         """Whether `tree` is what is trained. A single leaf that is no part of one never is."""

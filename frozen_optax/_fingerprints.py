@@ -25,7 +25,7 @@ from frozen_optax import _bits
 from frozen_optax._elements import resolve_in_part
 from frozen_optax._messages import Fault, listed
 from frozen_optax._parts import Part, held
-from frozen_optax._trees import describe, is_number, is_traced, require_alive
+from frozen_optax._trees import describe, is_traced, objects_in, require_alive
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree, Where
 from frozen_optax._where import named_leaves
 
@@ -272,10 +272,10 @@ def _expected(
     parts: Mapping[int, Part] = {}
     if frozen is not None:
         parts = resolve_in_part(frozen, None, tree, where=where).parts
-    all_leaves = jax.tree.leaves(tree)
+    all_leaves, objects = jax.tree.leaves(tree), objects_in(tree)
     leaves: dict[str, list[tuple[Leaf, Part | None]]] = {}
     for index, path in named_leaves(where, tree):
-        if is_number(all_leaves[index]):
+        if index not in objects:
             leaves.setdefault(path, []).append((all_leaves[index], parts.get(index)))
     expected: list[_Expected] = []
     faults: list[Fault] = []

@@ -83,7 +83,7 @@ def value_and_grad(
     be of any dtype: integers, bools, PRNG keys need no `allow_int`. The gradient has the full
     structure. That of a frozen leaf is zero in its shape and dtype, known to be zero while tracing:
     `with_frozen` and `apply_updates` do nothing for it. That of a leaf that is no array (a
-    function), which is frozen in any case, is None.
+    function, a Python number in an Equinox module), which is frozen in any case, is None.
 
     Args:
       fun: a function of the parameters and other arguments that returns a scalar, as

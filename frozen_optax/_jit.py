@@ -203,8 +203,9 @@ def jit(
     what the caller gets back, each frozen leaf of the successor is the very object that was passed
     in. It is neither copied, nor dispatched, nor donated.
 
-    A leaf that is no array (a function, a string) is frozen, too, wherever it stands in the first
-    argument. It is a part of the compiled step, which is traced again for another one.
+    A leaf that is no array (a function, a string, a Python number in an Equinox module) is frozen,
+    too, wherever it stands in the first argument. It is a part of the compiled step, which is
+    traced again for another one.
 
     The step has to leave the frozen leaves as they are, or to add nothing but zero to them. That is
     seen when it is traced, and costs a second trace where a frozen leaf comes out as another array

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from frozen_optax._trees import Memory, is_hole, numbered, up_to
+from frozen_optax._trees import Memory, in_modules, is_hole, numbered, objects_among, up_to
 from frozen_optax._typing import Leaf, PyTree, TreeDef
 
 
@@ -41,8 +41,9 @@ class Resolution:
       selected: whether each is selected.
       has_holes: whether there are holes in the structure.
       objects: the indices of those that are selected for what they are and not by a choice: leaves
-        that are no numbers, which nothing can train. In `holed` they are None, as they are in what
-        `eqx.filter` makes, so both give one optimizer state.
+        that are no numbers, which nothing can train, and numbers of Python's in a module of
+        Equinox's. In `holed` they are None, as they are in what `eqx.filter` makes, so both give
+        one optimizer state.
     """
 
     treedef: TreeDef
@@ -50,6 +51,14 @@ class Resolution:
     selected: tuple[bool, ...]
     has_holes: bool = dataclasses.field(default=False, compare=False)
     objects: tuple[int, ...] = ()
+
+    def objects_among(self, leaves: Sequence[Leaf]) -> tuple[int, ...]:
+        """The indices of the objects among the leaves of a tree of this structure."""
+        return objects_among(leaves, lambda: self._in_modules)
+
+    @functools.cached_property
+    def _in_modules(self) -> frozenset[int]:
+        return in_modules(numbered(self.treedef))
 
     def with_objects(self, objects: tuple[int, ...]) -> Resolution:
         """The answer where these leaves are selected whatever the selector says."""
@@ -68,7 +77,7 @@ class Resolution:
 
     @functools.cached_property
     def numbers(self) -> tuple[bool, ...]:
-        """Whether each leaf is a number or an array of them."""
+        """Whether each leaf is a number or an array of them, and no object."""
         numbers = [True] * len(self.paths)
         for index in self.objects:
             numbers[index] = False

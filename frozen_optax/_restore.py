@@ -7,7 +7,14 @@ import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._elements import resolve_in_part
-from frozen_optax._trees import describe, is_hole, is_number, is_traced, require_alive
+from frozen_optax._trees import (
+    describe,
+    is_hole,
+    is_number,
+    is_python_number,
+    is_traced,
+    require_alive,
+)
 from frozen_optax._typing import Frozen, Leaf, PyTree, Where
 from frozen_optax._variables import refuse_live
 from frozen_optax._where import counterparts, named_leaves
@@ -20,15 +27,16 @@ def _sharding(leaf: Leaf) -> jax.sharding.Sharding | None:
     return None
 
 
-def _differs(leaf: Leaf, reference: Leaf) -> str | None:
+def _differs(leaf: Leaf, reference: Leaf, is_object: bool) -> str | None:
     """How a leaf of the reference differs from the one whose place it takes, if it cannot."""
     # A struct has a shape and a dtype, and no values.
     are_arrays = _bits.is_array(leaf) and _bits.is_array(reference)
     if are_arrays and not isinstance(reference, jax.ShapeDtypeStruct):
         fits = leaf.shape == reference.shape and leaf.dtype == reference.dtype
     else:
-        are_objects = not (is_number(leaf) or is_number(reference))  # one is as good as another
-        fits = are_objects or type(leaf) is type(reference)
+        # One object is as good as another.
+        alike = is_python_number(reference) if is_python_number(leaf) else not is_number(reference)
+        fits = (is_object and alike) or type(leaf) is type(reference)
     if not fits:
         return f"found {describe(reference)}, expected {describe(leaf)}"
     here, there = _sharding(leaf), _sharding(reference)
@@ -96,7 +104,7 @@ def restore(
         if not resolution.numbers[index] and (kept is None or is_hole(kept)):
             continue  # a reference of arrays alone
         require_alive(path, kept)
-        if difference := _differs(leaves[index], kept):
+        if difference := _differs(leaves[index], kept, not resolution.numbers[index]):
             raise ValueError(
                 f"the reference does not fit the parameters at {path!r}: {difference}."
             )

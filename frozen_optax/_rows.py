@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import optax
 
 from frozen_optax._resolution import Resolution
-from frozen_optax._trees import is_hole
+from frozen_optax._trees import in_modules, is_hole, is_python_number, program_key
 from frozen_optax._typing import Leaf, PyTree, TreeDef
 
-# Objects with their hashes.
-Static: TypeAlias = tuple[tuple[int, Leaf], ...]
+# Objects, each with what tells it from others that are equal to it.
+Static: TypeAlias = tuple[tuple[Hashable, Leaf], ...]
 
 # --- what goes in: the first argument, its frozen leaves apart from the others
 
@@ -53,12 +53,8 @@ class InputRow:
 
     @property
     def static(self) -> Static:
-        """The objects as jax is to compare them.
-
-        With their hashes, as jax compares what is static by equality alone: an object that was
-        changed in place is equal to itself, and to one that is as it is now.
-        """
-        return tuple((hash(each), each) for each in self.objects)
+        """The objects as jax is to compare them, which compares by equality alone."""
+        return tuple((program_key(each), each) for each in self.objects)
 
     def _numbers(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Those of some things, one for each leaf, that belong to numbers."""
@@ -180,8 +176,13 @@ def leave_out(
     for ours, theirs in successor:
         if ours in among_frozen:
             nodes[places_of_leaves[theirs]] = Kept(among_frozen[ours])
-    if is_object:
-        nodes = [Kept(is_object[id(n)]) if id(n) in is_object else n for n in nodes]
+    # A number of Python's may be one object at many places. Elsewhere it is an array, as ever.
+    has_numbers = any(map(is_python_number, objects))
+    inside = in_modules(result) if has_numbers else frozenset[int]()
+    for index, place in enumerate(places_of_leaves if is_object else ()):
+        node = nodes[place]
+        if id(node) in is_object and (index in inside or not is_python_number(node)):
+            nodes[place] = Kept(is_object[id(node)])
     return nodes, treedef
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from frozen_optax._globs import Glob, nearest_paths
 from frozen_optax._messages import quoted
 from frozen_optax._resolution import Resolution
-from frozen_optax._trees import Memory, View, describe, is_inexact_array, objects_among, spec
+from frozen_optax._trees import Memory, View, describe, is_inexact_array, spec
 from frozen_optax._typing import Leaf, PyTree, TreeDef
 
 
@@ -270,7 +270,8 @@ def resolve(
     """Which leaves of `tree` a selector selects; they are the frozen ones, wherever that matters.
 
     A leaf that is no number, beside others that are (the activation function of an Equinox module),
-    can only be frozen, so it is, whatever the selector says. Whether anything is selected, and
+    can only be frozen, so it is, whatever the selector says; and so is a number of Python's in such
+    a module. Whether anything is selected, and
     whether all is, is judged without such leaves. In a tree of nothing else (labels, shardings)
     leaves are selected like any other.
 
@@ -287,7 +288,7 @@ def resolve(
     """
     resolution = selector._resolve(tree)  # pyright: ignore[reportPrivateUsage]
     leaves = jax.tree.leaves(tree)
-    objects = objects_among(leaves)
+    objects = resolution.objects_among(leaves)
     chosen: Sequence[bool] = resolution.selected
     if objects and (to_check or len(objects) < len(leaves)):
         said, resolution = resolution.chosen, resolution.with_objects(objects)

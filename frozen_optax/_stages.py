@@ -17,7 +17,7 @@ import optax
 
 from frozen_optax._selection import as_selector
 from frozen_optax._selectors import Reads, Selector, reads
-from frozen_optax._trees import View, is_number
+from frozen_optax._trees import View, objects_in
 from frozen_optax._typing import Frozen, PyTree
 from frozen_optax._with_frozen import FrozenOptimizer, with_frozen
 
@@ -166,8 +166,10 @@ class Stage:
         is_none = lambda node: node is None
         view = View.of(jax.tree.map(with_hole, params, is_leaf=is_none))
         labels = np.full(len(leaves), _FROZEN, object)
+        is_number = np.ones(len(leaves), bool)
+        is_number[list(objects_in(params))] = False
         for label, chosen in _choices(self._trained, view).items():
-            labels[chosen & np.array(list(map(is_number, leaves)), bool)] = label
+            labels[chosen & is_number] = label
         return jax.tree.unflatten(treedef, labels.tolist())
 
     def optimizer(

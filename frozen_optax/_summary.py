@@ -368,7 +368,8 @@ def summary(
     leaves = jax.tree.leaves(params)
     _refuse_symbolic(resolution.paths, leaves)
     key_paths = [keys for keys, node in flatten_with_holes(params) if not is_hole(node)]
-    whole = list(map(_whole, leaves))
+    pairs = zip(leaves, resolution.numbers, strict=True)
+    whole = [_whole(leaf) if is_number else leaf for leaf, is_number in pairs]
     shard = list(map(_shard, resolution.paths, leaves, whole))
     everywhere = _compared(params, whole, said, optimizer)
     per_device = everywhere if shard == whole else _compared(params, shard, said, optimizer)

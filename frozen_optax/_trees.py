@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -69,17 +69,65 @@ def is_inexact_array(leaf: Leaf) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def objects_among(leaves: Sequence[Leaf]) -> tuple[int, ...]:
-    """The indices of the leaves that are no numbers.
+def is_python_number(leaf: Leaf) -> bool:
+    """Whether `leaf` is a number of Python's own, and none of numpy's, some of which are, too."""
+    return isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic)
+
+
+def in_modules(tree: PyTree) -> frozenset[int]:
+    """The indices of the leaves that stand in a module of Equinox's."""
+    equinox = sys.modules.get("equinox")  # without which there is none
+    if equinox is None:
+        return frozenset()
+    is_module = lambda node: isinstance(node, equinox.Module)
+    found: set[int] = set()
+    count = 0
+    for node in jax.tree.leaves(tree, is_leaf=is_module):
+        first, count = count, count + (len(jax.tree.leaves(node)) if is_module(node) else 1)
+        if is_module(node):
+            found.update(range(first, count))
+    return frozenset(found)
+
+
+def objects_among(
+    leaves: Sequence[Leaf], in_modules: Callable[[], Collection[int]]
+) -> tuple[int, ...]:
+    """The indices of the leaves of a tree that are objects, and no parameters by nature.
+
+    These are the leaves that are no numbers; and numbers of Python's in a module of Equinox's, the
+    rate of a Dropout, where there are arrays beside them. There a parameter is an array, whatever
+    differentiates or compiles the module, and all else is a part of the program.
 
     It looks at types first, of which there are few: this is done for each tree.
+
+    Args:
+      leaves: those of the tree.
+      in_modules: tells which of them stand in such a module, if it is asked.
     """
-    doubtful = {kind for kind in set(map(type, leaves)) if not issubclass(kind, _NUMBERS)}
-    if not doubtful:
-        return ()
-    return tuple(
-        index for index, leaf in enumerate(leaves) if type(leaf) in doubtful and not is_number(leaf)
-    )
+    kinds = set(map(type, leaves))
+    doubtful = {kind for kind in kinds if not issubclass(kind, _NUMBERS)}
+    others = [i for i, leaf in enumerate(leaves) if type(leaf) in doubtful and not is_number(leaf)]
+    if not any(issubclass(kind, (int, float, complex)) for kind in kinds):
+        return tuple(others)
+    inside = in_modules()
+    numbers = [i for i, leaf in enumerate(leaves) if i in inside and is_python_number(leaf)]
+    if len(numbers) + len(others) == len(leaves):  # labels, or a mask
+        return tuple(others)
+    return tuple(sorted([*others, *numbers]))
+
+
+def objects_in(tree: PyTree) -> frozenset[int]:
+    """The same of a tree, where no `Resolution` tells."""
+    return frozenset(objects_among(jax.tree.leaves(tree), functools.partial(in_modules, tree)))
+
+
+def program_key(leaf: Leaf) -> Hashable:
+    """What tells an object from others that are equal to it, and make another program.
+
+    To Python 0, 0.0, -0.0 and False are equal. One that was changed in place is equal to itself,
+    and to one that is as it is now.
+    """
+    return (type(leaf), repr(leaf)) if is_python_number(leaf) else hash(leaf)
 
 
 def keystr(path: KeyPath) -> str:

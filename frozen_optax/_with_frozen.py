@@ -159,8 +159,9 @@ def with_frozen(
       what they always do. With everything frozen there is nothing to run: the state is an
       `optax.EmptyState`, and `optax.tree_map_params` does not fit it.
 
-    A leaf that is no array (the activation function in an Equinox module) is frozen whatever is
-    said, and its update is None, as `eqx.apply_updates` has it.
+    A leaf that is no array (the activation function in an Equinox module, and there a Python number
+    as well, the rate of a Dropout) is frozen whatever is said, and its update is None, as
+    `eqx.apply_updates` has it.
 
     Elements within a leaf are frozen by `elements`. To the optimizer such a leaf is what trains of
     it, and nothing else: whole rows and blocks are a smaller array of the same rank, scattered
@@ -208,8 +209,9 @@ def with_frozen(
     Raises:
       TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
         leaves; `elements` is no mapping to masks, slices, indices or functions, or is traced. At
-        `init`: a frozen leaf is a Python scalar, or a 64-bit host array without x64,
-        which no compiled function keeps; a trainable leaf is neither float nor complex.
+        `init`: a frozen leaf is a Python scalar outside of such modules, or a 64-bit host array
+        without x64, which no compiled function keeps; a trainable leaf is neither float nor
+        complex.
       ValueError: at `init`, or at the first update: a pattern selects nothing, a mask does not fit,
         everything is frozen and nobody said so (`"**"`, `True`); `optax.partition` has labels of
         frozen leaves and no group for them; of `elements`, a mask has another shape, an index is

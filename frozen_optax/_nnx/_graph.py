@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,17 +65,18 @@ def is_module(node: PyTree) -> bool:
     return _is_node(node) or is_variable(node)
 
 
-def _items(node: Any) -> Iterator[tuple[Any, Any]] | None:
-    """The keys and children of what may hold a Variable; None of anything else."""
+def _items(node: Any) -> Iterable[tuple[Any, Any]] | None:
+    """The keys and children of what may hold a Variable, in NNX's order; None of anything else."""
     if isinstance(node, (list, tuple)):
         names = getattr(node, "_fields", None)
         return zip(names, node, strict=True) if names else enumerate(node)
     if hasattr(nnx, "List") and isinstance(node, nnx.List):
         return enumerate(node)
     if isinstance(node, Mapping):
-        return iter(node.items())
+        return sorted(node.items(), key=operator.itemgetter(0))
     if _is_node(node):
-        return ((k, v) for k, v in vars(node).items() if not k.startswith(_MARKS))
+        own = ((k, v) for k, v in vars(node).items() if not k.startswith(_MARKS))
+        return sorted(own, key=operator.itemgetter(0))
     if jax.tree_util.all_leaves([node]):
         return None
     # Any other node that jax knows, a dataclass for example.
@@ -83,18 +84,32 @@ def _items(node: Any) -> Iterator[tuple[Any, Any]] | None:
     return ((key_of(path[0]), child) for path, child in flat)
 
 
-def variables_at(
-    node: PyTree, path: Path = (), above: tuple[int, ...] = ()
+def variables_at(node: PyTree) -> Iterator[tuple[Path, Any]]:
+    """Pairs of a path and the Variable there, of which the first is NNX's own.
+
+    One that is shared comes at several paths, as does each below a module that is shared: where
+    one is met again, by the first paths from there. A module in each of many that are themselves
+    shared has a path for each way to it, and these may be more than anybody can count.
+    """
+    return _variables(node, (), (), {}, is_again=False)
+
+
+def _variables(
+    node: PyTree, path: Path, above: tuple[int, ...], met: dict[int, Any], is_again: bool
 ) -> Iterator[tuple[Path, Any]]:
-    """Pairs of a path and the Variable there. One that is shared comes at each of its paths."""
     if is_variable(node):
         yield path, node
         return
     items = _items(node)
     if items is None or id(node) in above:  # modules may hold one another
         return
+    if id(node) in met:
+        if not is_again:
+            yield from _variables(node, path, above, {}, is_again=True)
+        return
+    met[id(node)] = node  # and not its id alone, which may be that of another one later
     for key, child in items:
-        yield from variables_at(child, (*path, key), (*above, id(node)))
+        yield from _variables(child, (*path, key), (*above, id(node)), met, is_again)
 
 
 def flat_state(state: PyTree) -> list[tuple[Path, Any]]:

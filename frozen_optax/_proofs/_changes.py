@@ -16,7 +16,7 @@ from frozen_optax._proofs._known import Dependencies
 from frozen_optax._proofs._provenance import Loss
 from frozen_optax._proofs._trace import Inputs, Result, Values, as_set, is_number, trace
 from frozen_optax._resolution import Resolution
-from frozen_optax._trees import describe, is_traced, spec
+from frozen_optax._trees import describe, is_python_number, is_traced, program_key, spec
 from frozen_optax._typing import PyTree, Where
 from frozen_optax._where import successor_of
 
@@ -57,14 +57,20 @@ def trace_step(
     return trace(program, inputs)
 
 
+def _are_one_number(left: Any, right: Any) -> bool:
+    """Whether two numbers of Python's are the same, which may be two objects."""
+    are_numbers = is_python_number(left) and is_python_number(right)
+    return are_numbers and program_key(left) == program_key(right)
+
+
 def kept_in_words(result: Result, number: int | None, leaf: Any) -> tuple[str | None, bool]:
     """What has become of a leaf that is proved to have stayed, the input of that number.
 
     And whether all its bits are proved to have stayed.
     """
     if result.output is None:
-        is_leaf = number is None and result.at_hand is leaf
-        return ("itself", True) if is_leaf else (None, False)
+        is_leaf = result.at_hand is leaf or _are_one_number(result.at_hand, leaf)
+        return ("itself", True) if number is None and is_leaf else (None, False)
     before = spec(leaf)
     if number is None or (result.aval.shape, result.aval.dtype) != (before.shape, before.dtype):
         return None, False

@@ -153,7 +153,8 @@ def assert_step_freezes(
         path, leaf = resolution.paths[place], leaves[place]
         number = inputs.groups[0].input_at.get(place)
         words, is_exact = kept_in_words(result, number, leaf)
-        if words and not (is_step or of_nnx) and _is_rounded(leaf):
+        is_passed = resolution.numbers[place] and not (is_step or of_nnx)
+        if words and is_passed and _is_rounded(leaf):
             findings.append(_rounded(path, result, leaf))
         elif words and (is_exact or not exact):
             proved.setdefault(path, []).append(words)

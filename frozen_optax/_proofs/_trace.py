@@ -17,7 +17,7 @@ from frozen_optax._proofs._interpreter import interpret
 from frozen_optax._proofs._known import Dependencies, InputSet, Known
 from frozen_optax._proofs._provenance import Source
 from frozen_optax._trees import is_number as is_array_or_number
-from frozen_optax._trees import is_traced, paths_of, spec
+from frozen_optax._trees import is_traced, objects_in, paths_of, spec
 from frozen_optax._typing import PyTree
 
 _MAX_STEPS = 6  # primitives named on one way
@@ -117,8 +117,8 @@ class Inputs:
     ) -> tuple[Group, Callable[[Values], PyTree]]:
         """One more argument, and a function that makes it of values for all inputs."""
         leaves, treedef = jax.tree.flatten(tree)
-        paths = paths_of(tree)
-        places = [i for i, leaf in enumerate(leaves) if is_abstract(leaf)]
+        paths, objects = paths_of(tree), objects_in(tree)
+        places = [i for i, leaf in enumerate(leaves) if is_abstract(leaf) and i not in objects]
         group = Group(
             name,
             paths=[paths[i] for i in places],
