@@ -11,8 +11,8 @@ from frozen_optax._messages import quoted
 from frozen_optax._trees import describe, require_alive
 from frozen_optax._typing import Leaf, PyTree
 
-# Where a state of `optax.inject_hyperparams` has the values. Where its schedules have come to stands
-# beside them, and is carried.
+# Where a state of `optax.inject_hyperparams` has the values. Where its schedules have come to
+# stands beside them, and is carried.
 _SAID = "hyperparams"
 
 
