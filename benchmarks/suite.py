@@ -44,6 +44,7 @@ PARTS = {
     "claims": "every optimizer, step by step",
     "fingerprints": "fingerprints",
     "proofs": "proofs",
+    "thawing": "thawing in stages",
 }
 
 

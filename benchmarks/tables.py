@@ -251,6 +251,28 @@ def accelerator(results: dict[str, Any]) -> str:
     return f"{table}\n\nMeasured with {versions}; {where['kind']}."
 
 
+def thawing(results: dict[str, Any]) -> str:
+    """What stages in one program take beside a program for each."""
+    found = results["thawing"]
+    titles = {
+        "alone": "a program for each stage",
+        "switch": "one program, stages as branches",
+        "conditionally_mask": "one program, `optax.conditionally_mask`",
+    }
+    each_of = lambda name: [found[name]["compile"], *map(_median, found[name]["steps"])]
+    limit, rows = each_of("alone"), []
+    for name, title in titles.items():
+        figures = each_of(name)
+        if name == "alone":
+            each = [f"{figures[0]:.2g} s", *(absolute("step", figure) for figure in figures[1:])]
+        else:
+            each = [shown(a / b) for a, b in zip(figures, limit, strict=True)]
+        rows.append([title, *each])
+    head = ["time of the processor", "lower + compile, all stages"]
+    head += ["step: 1 of 24 layers", "step: 12 layers", "step: all"]
+    return _markdown(head, rows)
+
+
 def environment(results: dict[str, Any]) -> str:
     """Where the figures come from."""
     found = results["environment"]
@@ -272,6 +294,7 @@ BLOCKS = {
         models,
         proofs,
         fingerprints,
+        thawing,
         accelerator,
         environment,
     )

@@ -11,8 +11,9 @@ from frozen_optax._messages import quoted
 from frozen_optax._trees import describe, require_alive
 from frozen_optax._typing import Leaf, PyTree
 
-# Fields of a state of `optax.inject_hyperparams`, in its versions.
-_SAID = ("hyperparams", "hyperparams_states")
+# Where a state of `optax.inject_hyperparams` has the values. Where its schedules have come to
+# stands beside them, and is carried.
+_SAID = "hyperparams"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _carried(old: PyTree, new: PyTree) -> set[str]:
     found by it. A new optimizer has its own.
     """
     before = _by_path(old)
-    is_said = lambda path: any(getattr(key, "name", None) in _SAID for key in path)
+    is_said = lambda path: any(getattr(key, "name", None) == _SAID for key in path)
     return {
         text
         for path, _ in jax.tree_util.tree_leaves_with_path(new)
@@ -95,7 +96,8 @@ def transfer_state(old: PyTree, new: PyTree, *, may_be_empty: bool = False) -> P
     `transfer_state(state, transfer_state(kept, tx.init(params)))`.
 
     Hyperparameters that `optax.inject_hyperparams` keeps in its state come from `new`: they were
-    said to the optimizer, and the new one may have been told others.
+    said to the optimizer, and the new one may have been told others. Where its schedules have come
+    to is carried.
 
     One thing it cannot mend: a count that several groups share is carried, so a leaf that is thawed
     has new moments and an old count. `stages` gives each group a count of its own.

@@ -169,7 +169,7 @@ BLOCKS = {
     "docs/distributed.md": 1,
     "docs/frameworks.md": 10,
     "docs/proofs.md": 2,
-    "docs/stages.md": 3,
+    "docs/stages.md": 5,
     "docs/which_way.md": 2,
     "docs/wrappers.md": 2,
 }

@@ -126,3 +126,16 @@ def test_what_was_said_to_an_optimizer_is_not_carried() -> None:
         PARAMS, fo.transfer_state(after_steps(decay(1.0)), decay(1e-3).init(PARAMS)), PARAMS
     )
     assert float(state.hyperparams["learning_rate"]) == pytest.approx(1e-3)
+
+
+def test_a_schedule_that_is_injected_goes_on() -> None:
+    """Its state is where it has come to, and not what was said."""
+    tx = optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.0, 1.0, 10))
+    rates = []
+    state = None
+    for stage in (fo.with_frozen(tx, "encoder"), fo.with_frozen(tx, False)):
+        state = fo.transfer_state(state, stage.init(PARAMS))
+        for _ in range(2):
+            updates, state = stage.update(PARAMS, state, PARAMS)
+            rates.append(-float(updates["head"]["w"][0]))
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
