@@ -6,6 +6,7 @@ from frozen_optax._checkpoints import load_trained, save_trained
 from frozen_optax._fingerprints import assert_fingerprint, fingerprint, watch_fingerprint
 from frozen_optax._freeze import freeze, freeze_all, freeze_by_path
 from frozen_optax._gradients import grad, value_and_grad, value_and_grad_from_state
+from frozen_optax._hoist._hoisted import hoist
 from frozen_optax._jit import jit
 from frozen_optax._nnx import nnx_filter, nnx_jit
 from frozen_optax._partition import combine, partition
@@ -40,6 +41,7 @@ __all__ = [
     "freeze_all",
     "freeze_by_path",
     "grad",
+    "hoist",
     "jit",
     "load_trained",
     "nnx_filter",

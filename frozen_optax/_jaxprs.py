@@ -22,7 +22,8 @@ def opened(program: Program) -> tuple[Jaxpr, Sequence[Any]]:
     return getattr(program, "jaxpr", program), getattr(program, "consts", ())
 
 
-def _is_program(value: Any) -> bool:
+def is_program(value: Any) -> bool:
+    """Whether a parameter of an equation is a program."""
     return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
@@ -30,7 +31,7 @@ def subprograms(eqn: JaxprEqn) -> Iterator[Program]:
     """The programs that an equation may run: branches, bodies, what it calls."""
     for value in eqn.params.values():
         members = value if isinstance(value, (tuple, list)) else [value]
-        yield from filter(_is_program, members)
+        yield from filter(is_program, members)
 
 
 def has_while(program: Program) -> bool:

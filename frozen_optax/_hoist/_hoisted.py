@@ -1,0 +1,460 @@
+"""`hoist`: a function of parameters and data as one of parameters and rows, computed before."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from frozen_optax import _bits
+from frozen_optax._hoist import _report
+from frozen_optax._hoist._cut import border, equations_for, variables_of
+from frozen_optax._hoist._programs import flat, part_of
+from frozen_optax._hoist._rows import COUNT, ArrayOf, Kept, Rows, join, require_rows
+from frozen_optax._hoist._sizes import Batch, Sizes
+from frozen_optax._hoist._split import Given, Split, split
+from frozen_optax._messages import quoted
+from frozen_optax._proofs._trace import Inputs, as_traced, is_array_or_float, is_number
+from frozen_optax._selection import frozen_selector
+from frozen_optax._selectors import Selector, resolve
+from frozen_optax._signature import as_list
+from frozen_optax._trees import is_traced
+from frozen_optax._typing import Frozen, Leaf, PyTree
+
+_COMPUTED = object()  # stands for a leaf that the program returns
+
+
+def hoist(
+    fun: Callable[..., Any],
+    frozen: Frozen = None,
+    *,
+    trainable: Frozen = None,
+    live_argnums: int | Sequence[int] = (),
+) -> Hoisted:
+    """Splits a function in what frozen parameters and data determine, and the rest.
+
+    The first part is computed once for a data set, `rows = hoisted.prepare(params, *args)`; each
+    step then computes the rest from the rows, `hoisted(params, rows, *live_args)`, which equals
+    `fun(params, *args)`: bit-identical op by op, to rounding under `jax.jit`. It is differentiable
+    in the trainable leaves.
+
+    What is hoisted is found in the program, and is shown to keep examples apart: row i depends on
+    example i alone. What is not shown to stays where it is: statistics over the batch, what depends
+    on the batch size or on its order, effects. `hoisted.report(params, *args)` tells what is gained
+    and where it ended.
+
+    Whose values change between `prepare` and a step is for the caller to know: frozen parameters
+    must be the same. Data that change at each step (augmentation, dropout keys, a step counter) are
+    named in `live_argnums`.
+
+    Args:
+      fun: a function of the parameters and other positional arguments, of which the first axis of
+        each array counts examples. Python integers, bools and strings in them are part of the
+        program, arrays without axes and floats are numbers for all examples.
+      frozen: the leaves that are frozen: a glob on their paths (`"encoder"`), a compiled regex, a
+        `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, a pytree of bools,
+        or the optimizer that `with_frozen` returned.
+      trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given.
+      live_argnums: the positions of arguments of `fun` that change at each step.
+
+    Returns:
+      A `Hoisted`.
+
+    Raises:
+      TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
+        leaves.
+      ValueError: `live_argnums` names the parameters or a negative position. When called, see
+        `Hoisted`.
+
+    Example:
+      >>> import frozen_optax as fo, jax.numpy as jnp
+      >>> params = {"encoder": jnp.ones((4, 3)), "head": jnp.ones(3)}
+      >>> loss = lambda params, x, y: jnp.mean((x @ params["encoder"] @ params["head"] - y) ** 2)
+      >>> x, y = jnp.ones((8, 4)), jnp.zeros(8)
+      >>> hoisted = fo.hoist(loss, "encoder")
+      >>> rows = hoisted.prepare(params, x, y)
+      >>> len(rows), rows.bytes_per_example
+      (8, 16)
+      >>> value, grads = fo.value_and_grad(hoisted, "encoder")(params, rows[:4])
+      >>> float(value) == float(loss(params, x[:4], y[:4]))
+      True
+    """
+    places = tuple(sorted(set(as_list(live_argnums))))
+    if any(place < 1 for place in places):
+        raise ValueError(
+            f"live_argnums is {live_argnums}: it names arguments after the parameters, which are "
+            "argument 0, by their positions from 1 on."
+        )
+    return Hoisted(fun, frozen_selector(frozen, trainable), places)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A function as a split program, and how its results are put together."""
+
+    split: Split
+    size: int
+    returned: Sequence[Any]
+    treedef: Any
+
+    def results(self, outputs: Sequence[Any]) -> PyTree:
+        computed = iter(outputs)
+        leaves = [next(computed) if leaf is _COMPUTED else leaf for leaf in self.returned]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+class Hoisted:
+    """A function whose frozen part is computed once; made by `hoist`.
+
+    `hoisted(params, rows, *live_args)` equals `fun(params, *args)`. Neither it nor `prepare` is
+    compiled: put them into `jax.jit`, as you would `fun`.
+    """
+
+    def __init__(self, fun: Callable[..., Any], frozen: Selector, live: tuple[int, ...]):
+        self._fun = fun
+        self._selector = frozen
+        self._live = live
+
+    def __repr__(self) -> str:
+        return f"hoist({self._fun!r}, {self._selector!r}, live_argnums={self._live})"
+
+    def __call__(self, params: PyTree, rows: Rows, *live_args: PyTree) -> Any:
+        """What `fun` returns of the arguments that the rows were prepared of.
+
+        Raises:
+          TypeError: `rows` are none, or another number of live arguments is given.
+          ValueError: the rows are of another program, another selection, or of parameters of other
+            shapes; a frozen leaf is differentiated.
+        """
+        require_rows(rows)
+        if len(live_args) != len(self._live):
+            raise TypeError(
+                f"{len(live_args)} arguments were given after the rows, and live_argnums names "
+                f"{len(self._live)}."
+            )
+        sizes = {array.shape[0] for array in rows.each}
+        if len(sizes) != 1:
+            raise ValueError(f"the arrays of the rows have different lengths: {sorted(sizes)}.")
+        size = sizes.pop()
+        leaves = [each.at(size) if isinstance(each, ArrayOf) else each for each in rows.kept.leaves]
+        args = self._in_order(jax.tree.unflatten(rows.kept.treedef, leaves), live_args)
+        inputs, makes, given = self._inputs(params, args)
+        self._guard(inputs, given)
+        traced = self._trace(inputs, makes, given)
+        return traced.results(_rest(traced, rows, inputs.leaves))
+
+    def prepare(self, params: PyTree, *args: PyTree, live: Sequence[PyTree] | None = None) -> Rows:
+        """What frozen parameters and data determine of the function, an example a row.
+
+        Args:
+          params: all parameters; of what is not frozen, shapes are enough.
+          *args: the other arguments of `fun`, without those of `live_argnums`.
+          live: arrays of the shapes and dtypes of those, or `jax.ShapeDtypeStruct`; each is taken
+            for one PRNG key otherwise. Their values are not read.
+
+        Returns:
+          `Rows`, which hold what the rest needs of these arguments, too: labels, masks.
+
+        Raises:
+          TypeError: an argument is a PRNG key that is not named in `live_argnums`.
+          ValueError: arguments have different numbers of examples, or `fun` cannot be traced with
+            twice as many; random numbers are drawn by data; nothing can be hoisted: the message
+            names the operation that it ended at.
+        """
+        if live is None:
+            live = [jax.eval_shape(lambda: jax.random.key(0)) for _ in self._live]
+        whole = self._in_order(args, live)
+        inputs, makes, given = self._inputs(params, whole)
+        traced = self._trace(inputs, makes, given)
+        each, shared = border(traced.split)
+        self._require_gain(traced.split, each, shared)
+        values = _hoisted_values(traced, each, shared, inputs.leaves)
+        data = tuple(self._data(whole))
+        leaves, treedef = jax.tree.flatten(data)
+        kept = Kept(tuple(each) or (COUNT,), tuple(shared), treedef, tuple(map(_kept_leaf, leaves)))
+        if not each:
+            values = [jnp.zeros((traced.size, 0), bool), *values]
+        return Rows(tuple(values[: len(kept.each)]), tuple(values[len(kept.each) :]), kept)
+
+    def join(self, parts: Sequence[Rows]) -> Rows:
+        """The rows of several batches, one after the other; the last may be smaller.
+
+        Raises:
+          TypeError: what is given are no rows.
+          ValueError: there are none, or they are of different programs or weights.
+        """
+        return join(parts)
+
+    def report(self, params: PyTree, *args: PyTree) -> _report.Report:
+        """What is gained by hoisting, before anything is computed: shapes are enough.
+
+        Args:
+          params: all parameters.
+          *args: all other arguments of `fun`, those of `live_argnums` too.
+
+        Returns:
+          A `Report`, to be printed.
+
+        Raises:
+          TypeError, ValueError: as `prepare`, but for nothing to hoist, which it says.
+        """
+        inputs, makes, given = self._inputs(params, args)
+        traced = self._trace(inputs, makes, given)
+        return _report.report(traced.split, traced.size, border(traced.split))
+
+    # --- arguments
+
+    def _in_order(self, data: Sequence[PyTree], live: Sequence[PyTree]) -> list[PyTree]:
+        """All arguments after the parameters as `fun` takes them."""
+        if len(live) != len(self._live):
+            raise TypeError(f"live has {len(live)} items, and live_argnums names {self._live}.")
+        args = list(data)
+        for place, arg in zip(self._live, live, strict=True):
+            if place - 1 > len(args):
+                raise TypeError(
+                    f"live_argnums names argument {place}, and {len(data)} arguments are given "
+                    "besides the live ones."
+                )
+            args.insert(place - 1, arg)
+        return args
+
+    def _data(self, args: Sequence[PyTree]) -> list[PyTree]:
+        return [arg for place, arg in enumerate(args, 1) if place not in self._live]
+
+    def _name(self, place: int) -> str:
+        try:
+            names = list(inspect.signature(self._fun).parameters)
+        except (TypeError, ValueError):
+            names = []
+        return f"{names[place]!r}" if place < len(names) else f"argument {place}"
+
+    def _inputs(self, params: PyTree, args: Sequence[PyTree]) -> tuple[Inputs, list[Any], list[Given]]:
+        """All arguments as inputs of a program, and what each input is."""
+        resolution = resolve(self._selector, params, to_train=True)
+        inputs, makes, given = Inputs(), list[Any](), list[Given]()
+        group, make = inputs.add("the parameters", params, is_number)
+        makes.append(make)
+        for path, place in zip(group.paths, group.places, strict=True):
+            given.append(Given(path, "frozen" if resolution.selected[place] else "trained"))
+        for place, arg in enumerate(args, 1):
+            name = self._name(place)
+            kind = "live" if place in self._live else "data"
+            group, make = inputs.add(name, arg, is_array_or_float)
+            makes.append(make)
+            for path, leaf in zip(group.paths, group.leaves, strict=True):
+                if kind == "data" and _bits.is_key(leaf):
+                    raise TypeError(
+                        f"{name} holds a PRNG key: the same numbers would be drawn at each step. "
+                        f"Name it in live_argnums={place} and give it after the rows."
+                    )
+                given.append(Given(f"{name} {path!r}" if path else name, kind))
+        return inputs, makes, given
+
+    def _guard(self, inputs: Inputs, given: Sequence[Given]) -> None:
+        """Raise where a frozen leaf is differentiated: a part of its gradient is in the rows."""
+        pairs = zip(inputs.leaves, given, strict=True)
+        frozen = [(leaf, each.name) for leaf, each in pairs if each.kind == "frozen"]
+        frozen = [(leaf, name) for leaf, name in frozen if is_traced(leaf)]
+        frozen = [(leaf, name) for leaf, name in frozen if _bits.is_differentiable(leaf)]
+        if frozen:
+            leaves, names = zip(*frozen, strict=True)
+            _undifferentiated(names)(*leaves)
+
+    # --- programs
+
+    def _trace(self, inputs: Inputs, makes: Sequence[Any], given: Sequence[Given]) -> _Traced:
+        avals = list(map(as_traced, inputs.leaves))
+        avals = [jax.typeof(aval) if is_traced(aval) else aval for aval in avals]
+        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
+        size = _batch_size(avals, given)
+        sizes = Sizes(size)
+        returned: list[Any] = []
+
+        def function(*values: Any) -> list[Any]:
+            leaves, treedef = jax.tree.flatten(self._fun(*(make(values) for make in makes)))
+            # No tracer may outlive its trace.
+            kept = [_COMPUTED if is_traced(leaf) else leaf for leaf in leaves]
+            returned[:] = [kept, treedef]
+            return [leaf for leaf in leaves if is_traced(leaf)]
+
+        twin = self._at_twice(function, avals, given, sizes)
+        program = flat(function, avals)
+        kept, treedef = returned
+        return _Traced(split(program, twin, given, sizes), size, kept, treedef)
+
+    def _at_twice(
+        self, function: Any, avals: Sequence[Any], given: Sequence[Given], sizes: Sizes
+    ) -> Any:
+        """The same function at twice as many examples.
+
+        Of a live argument it is not known whether its first axis counts them: it does if that makes
+        a program.
+        """
+        errors = list[Exception]()
+        for kinds in (("data", "live"), ("data",)):
+            larger = [
+                _with_batch(aval, sizes.other)
+                if each.kind in kinds and aval.shape[:1] == (sizes.size,)
+                else aval
+                for aval, each in zip(avals, given, strict=True)
+            ]
+            try:
+                return flat(function, larger)
+            except Exception as error:  # of whatever kind the function raises
+                errors.append(error)
+        raise ValueError(
+            f"the function cannot be traced with {sizes.other} examples instead of {sizes.size}, "
+            "which is how it is found out what depends on an example alone. Write it for any batch "
+            f"size. It raised {type(errors[0]).__name__}: {errors[0]}"
+        ) from errors[0]
+
+    def _require_gain(self, split: Split, each: Sequence[str], shared: Sequence[str]) -> None:
+        """Raise where rows would hold what was given, and nothing that was computed."""
+        given = {split.values[var].digest for var in split.jaxpr.invars}
+        if set(each) <= given and set(shared) <= given:
+            raise ValueError(
+                "nothing can be hoisted: what the frozen parameters and the data determine is no "
+                f"more than what is given. {_report.ends(split)} Train the function itself."
+            )
+
+
+def _batch_size(avals: Sequence[Any], given: Sequence[Given]) -> int:
+    found: dict[int, str] = {}
+    for aval, each in zip(avals, given, strict=True):
+        if each.kind == "data" and aval.shape:
+            found.setdefault(aval.shape[0], each.name)
+    if len(found) != 1:
+        told = ", ".join(f"{size} in {name}" for size, name in found.items()) or "none at all"
+        raise ValueError(
+            f"the first axis of each array in the arguments counts examples, found {told}. Name "
+            "what is no data in live_argnums, or close over it."
+        )
+    (size,) = found
+    if size < 1:
+        raise ValueError("there are no examples in the arguments.")
+    return size
+
+
+def _with_batch(aval: Any, size: int) -> Any:
+    return jax.ShapeDtypeStruct((size, *aval.shape[1:]), aval.dtype, weak_type=aval.weak_type)
+
+
+def _kept_leaf(leaf: Leaf) -> Any:
+    if not is_array_or_float(leaf):
+        return leaf
+    aval = as_traced(leaf)
+    aval = jax.typeof(aval) if is_traced(aval) else aval
+    has_batch = bool(aval.shape)
+    return ArrayOf(tuple(aval.shape[1:]), has_batch, aval.dtype, bool(aval.weak_type))
+
+
+def _undifferentiated(names: Sequence[str]) -> Callable[..., Any]:
+    """A function of leaves that is nothing, and an error where one of them is differentiated."""
+
+    @jax.custom_jvp
+    def guard(*leaves: Any) -> Any:
+        return jnp.zeros(())
+
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        zero = jax.custom_derivatives.SymbolicZero
+        pairs = zip(tangents, names, strict=True)
+        moved = [name for tangent, name in pairs if not isinstance(tangent, zero)]
+        if moved:
+            raise ValueError(
+                f"the frozen leaves {quoted(moved)} are differentiated, and what they made is in "
+                "the rows: their gradient would be wrong. Use fo.value_and_grad(hoisted, frozen), "
+                "with what hoist was told is frozen."
+            )
+        out = guard(*primals)
+        return out, jnp.zeros_like(out)
+
+    guard.defjvp(rule, symbolic_zeros=True)
+    return guard
+
+
+# --- the two halves
+
+
+def _named(split: Split, digests: Sequence[str]) -> dict[str, Any]:
+    """A variable for each digest."""
+    wanted = set(digests)
+    found: dict[str, Any] = {}
+    for var, value in split.values.items():
+        if value.digest in wanted:
+            found.setdefault(value.digest, var)
+    return found
+
+
+def _hoisted_values(
+    traced: _Traced, each: Sequence[str], shared: Sequence[str], leaves: Sequence[Leaf]
+) -> list[Any]:
+    """The arrays of some digests, the examples of each along its first axis."""
+    split = traced.split
+    named = _named(split, [*each, *shared])
+    outvars = [named[digest] for digest in (*each, *shared)]
+    eqns = equations_for(split, outvars, set())
+    invars = [*split.jaxpr.constvars, *split.jaxpr.invars]
+    read = {var for eqn in eqns for var in split.read(eqn.invars)} | set(outvars)
+    values = dict(zip(invars, [*split.consts, *leaves], strict=True))
+    needed = [var for var in invars if var in read]
+    arrays = part_of(split.jaxpr, needed, eqns, outvars)(*(values[var] for var in needed))
+    return [
+        _to_rows(array, split.values[var].batch)
+        for array, var in zip(arrays, outvars, strict=True)
+    ]
+
+
+def _to_rows(array: Any, batch: Batch | None) -> Any:
+    array = jnp.asarray(array)
+    if batch is None or batch == (0, 1):
+        return array
+    array = jnp.moveaxis(array, batch.axis, 0)
+    return array if batch.block == 1 else array.reshape(-1, batch.block, *array.shape[1:])
+
+
+def _from_rows(array: Any, batch: Batch | None, shape: tuple[int, ...]) -> Any:
+    if batch is None or batch == (0, 1):
+        return array
+    if batch.block > 1:
+        array = array.reshape(-1, *array.shape[2:])
+    return jnp.moveaxis(array, 0, batch.axis).reshape(shape)
+
+
+def _rest(traced: _Traced, rows: Rows, leaves: Sequence[Leaf]) -> list[Any]:
+    """The results of the program, from rows and from what is given beside them."""
+    split = traced.split
+    kept = dict(zip((*rows.kept.each, *rows.kept.shared), (*rows.each, *rows.shared), strict=True))
+    of_rows = {var: kept[v.digest] for var, v in split.values.items() if v.digest in kept}
+    for var, array in of_rows.items():
+        value = split.values[var]
+        of_rows[var] = _from_rows(array, value.batch, var.aval.shape)
+    values = dict(zip(split.jaxpr.constvars, split.consts, strict=True))
+    for var, leaf, given in zip(split.jaxpr.invars, leaves, split.given, strict=True):
+        if given.kind != "data":
+            values[var] = leaf
+    values.update(of_rows)
+
+    outvars = split.read(split.jaxpr.outvars)
+    live = list(filter(split.is_live, split.eqns))
+    eqns = equations_for(split, variables_of(split, live), set(values))
+    chosen = {*map(id, eqns), *map(id, live)}
+    eqns = [eqn for eqn in split.eqns if id(eqn) in chosen]
+    made = {var for eqn in eqns for var in eqn.outvars}
+    read = {var for eqn in eqns for var in split.read(eqn.invars)} | set(outvars)
+    missing = [
+        given.name
+        for var, given in zip(split.jaxpr.invars, split.given, strict=True)
+        if var in read and var not in values
+    ]
+    if missing:
+        raise ValueError(
+            f"the rows do not hold what this function needs of {', '.join(missing)}: they were "
+            "prepared by another function, of another selection, of parameters of other shapes, or "
+            "it is another program with this batch size. Prepare them by this hoisted function."
+        )
+    needed = [var for var in values if var in read and var not in made]
+    return part_of(split.jaxpr, needed, eqns, split.jaxpr.outvars)(*(values[v] for v in needed))
