@@ -6,6 +6,7 @@ for; the loop is the example's own.
 """
 
 import importlib.metadata
+import re
 import sys
 
 import jax
@@ -53,8 +54,10 @@ def published(release, room, *, changed_by):
     """The path of a file of the release that a diff has changed."""
     path, hunks = read_diff(changed_by)
     file = unpack(release, path, room)
-    made_of = (DIFFS / changed_by).read_text().startswith(f"Of {release.name} {release.version}")
-    file.write_text(apply(hunks, file.read_text(), at_their_lines=made_of))
+    of = re.match(r"Of (\S+) (\S+)[.,;]", (DIFFS / changed_by).read_text()).groups()
+    file.write_text(
+        apply(hunks, file.read_text(), at_their_lines=of == (release.name, release.version))
+    )
     return file
 
 
