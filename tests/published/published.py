@@ -1,11 +1,12 @@
 """Files that others have published: fetched from a package index, changed by a diff, imported.
 
 A source distribution is pinned by version and by hash, and so is every file in it. pip downloads
-it, which also asks its build backend for what it declares; nothing of it is installed.
+it, and asks its build backend for what it declares; nothing of it is installed.
 """
 
 import hashlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -40,19 +41,26 @@ def _sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _download(release, room):
+    """Into `room`, by pip, which looks at the hash before anything else."""
+    wanted = room / "requirement.txt"
+    wanted.write_text(f"{release.name}=={release.version} --hash=sha256:{release.sha256}\n")
+    options = ["--no-deps", "--no-binary=:all:", "--no-cache-dir", "--quiet", f"--dest={room}"]
+    # What is read need not be what is installed, which a constraint may say.
+    env = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+    pip = [sys.executable, "-m", "pip", "download", "--require-hashes", f"--requirement={wanted}"]
+    subprocess.run([*pip, *options], check=True, env=env)
+    (downloaded,) = room.glob("*.tar.gz")
+    return downloaded
+
+
 def fetch(release):
     """The path of the archive, kept where the example keeps its wheels."""
     kept = wheels.default_cache_dir() / f"{release.stem}.tar.gz"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as room:
-            options = ["--no-deps", "--no-binary=:all:", "--no-cache-dir", f"--dest={room}"]
-            requirement = f"{release.name}=={release.version}"
-            pip = [sys.executable, "-m", "pip", "download", "--quiet"]
-            subprocess.run([*pip, *options, requirement], check=True)
-            (downloaded,) = Path(room).iterdir()
-            assert _sha256(downloaded) == release.sha256, requirement
-            downloaded.replace(kept)
+            _download(release, Path(room)).replace(kept)
     assert _sha256(kept) == release.sha256, f"{kept} is not what is pinned: delete it"
     return kept
 
@@ -62,9 +70,8 @@ def unpack(release, path, folder):
     with tarfile.open(fetch(release)) as archive:
         (stem,) = {name.partition("/")[0] for name in archive.getnames()}
         beside = f"{stem}/{path.partition('/')[0]}"
-        members = (
-            each for each in archive.getmembers() if f"{each.name}/".startswith(f"{beside}/")
-        )
+        below = lambda name: name == beside or name.startswith(f"{beside}/")
+        members = (member for member in archive.getmembers() if below(member.name))
         archive.extractall(folder, members, filter="data")
     return folder / stem / path
 

@@ -6,19 +6,25 @@ for; the loop is the example's own.
 """
 
 import importlib.metadata
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 import stand_ins
+import trying
 from absl import flags
 from flax import nnx
 from held import assert_held
 from published import DIFFS, Release, apply, blocks, read_diff, run_as, unpack
 
 import frozen_optax as fo
+
+# Those about this library are errors, and other people's own are not.
+pytestmark = pytest.mark.filterwarnings("ignore", "error:::frozen_optax")
 
 RELEASES = {
     "flax": [
@@ -53,9 +59,26 @@ def published(release, room, *, changed_by):
     """The path of a file of the release that a diff has changed."""
     path, hunks = read_diff(changed_by)
     file = unpack(release, path, room)
-    made_of = (DIFFS / changed_by).read_text().startswith(f"Of {release.name} {release.version}")
-    file.write_text(apply(hunks, file.read_text(), at_their_lines=made_of))
+    of = re.match(r"Of (\S+) (\S+)[.,;]", (DIFFS / changed_by).read_text()).groups()
+    file.write_text(
+        apply(hunks, file.read_text(), at_their_lines=of == (release.name, release.version))
+    )
     return file
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A folder for an example, which leaves no module and no flag behind, and finds 32 bits."""
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    modules, defined = set(sys.modules), set(flags.FLAGS)
+    with trying.precision(x64=False):  # netket, in a test before, turns on 64 by being imported
+        yield tmp_path
+    for name in set(sys.modules) - modules:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+    for name in set(flags.FLAGS) - defined:
+        delattr(flags.FLAGS, name)
 
 
 @pytest.fixture
