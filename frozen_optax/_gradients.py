@@ -98,6 +98,12 @@ def value_and_grad(
     `with_frozen` and `apply_updates` do nothing for it. That of a leaf that is no array (a
     function), which is frozen in any case, is None.
 
+    Of a leaf in which an optimizer given for `frozen` freezes elements, their gradient is zero.
+    Where rows of it train and the function looks rows up in it, no gradient of the size of the leaf
+    is computed: the function is linearized, and its transpose is taken with those rows in place of
+    the leaf. It is called a second time where a part of it is differentiated by a `jax.custom_vjp`,
+    and the leaf is then differentiated whole.
+
     Args:
       fun: a function of the parameters and other arguments that returns a scalar, as
         `jax.value_and_grad` takes it.
