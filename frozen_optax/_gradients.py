@@ -6,6 +6,7 @@ They are computed, or taken from the state of a line search that has computed th
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,9 @@ import optax
 
 from frozen_optax import _bits
 from frozen_optax._elements import frozen_in_part, lay
+from frozen_optax._lookups import trains_rows, value_and_grad_of_rows
 from frozen_optax._messages import quoted
+from frozen_optax._parts import Part
 from frozen_optax._resolution import Resolution
 from frozen_optax._trees import describe, require_same_structure
 from frozen_optax._typing import Array, Frozen, Leaf, PyTree
@@ -32,6 +35,16 @@ def _gradient(
     """The gradient of the whole tree from those of what is trained."""
     whole = resolution.merge(map(_bits.known_zero, params), trained)
     return resolution.of_leaves.cut(whole) if holes else resolution.unflatten(whole)
+
+
+def _parts_of(resolution: Resolution) -> list[Part | None]:
+    """What trains of each trainable leaf, None for all of it."""
+    indices = itertools.compress(itertools.count(), resolution.complement.selected)
+    return [resolution.parts.get(index) for index in indices]
+
+
+def _trains_rows(resolution: Resolution) -> bool:
+    return any(map(trains_rows, resolution.parts.values()))
 
 
 def _refuse_undifferentiable(resolution: Resolution, leaves: list[Leaf]) -> None:
@@ -84,6 +97,12 @@ def value_and_grad(
     structure. That of a frozen leaf is zero in its shape and dtype, known to be zero while tracing:
     `with_frozen` and `apply_updates` do nothing for it. That of a leaf that is no array (a
     function, a Python number in an Equinox module), which is frozen in any case, is None.
+
+    Of a leaf in which an optimizer given for `frozen` freezes elements, their gradient is zero.
+    Where rows of it train and the function looks rows up in it, no gradient of the size of the leaf
+    is computed: the function is linearized, and its transpose is taken with those rows in place of
+    the leaf. It is called a second time where a part of it is differentiated by a `jax.custom_vjp`,
+    and the leaf is then differentiated whole.
 
     Args:
       fun: a function of the parameters and other arguments that returns a scalar, as
@@ -155,11 +174,21 @@ def value_and_grad(
             resolution.rest(each) for resolution, each in zip(resolutions, leaves, strict=True)
         ]
         every_part = tuple(range(len(parts)))
-        differentiate = jax.value_and_grad(of_trainable, every_part, has_aux, holomorphic)
-        value, of_parts = differentiate(*parts)
+        found = None
+        if any(map(_trains_rows, in_part)) and not holomorphic:
+            of_leaves = [part for resolution in in_part for part in _parts_of(resolution)]
+            found = value_and_grad_of_rows(of_trainable, tuple(parts), of_leaves, has_aux)
+        if found is not None:
+            value, of_rows = found
+            flat = iter(of_rows)
+            narrowed = [[next(flat) for _ in part] for part in parts]
+        else:
+            differentiate = jax.value_and_grad(of_trainable, every_part, has_aux, holomorphic)
+            value, of_parts = differentiate(*parts)
+            narrowed = [r.narrow(part) for r, part in zip(in_part, of_parts, strict=True)]
         grads = tuple(
-            _gradient(resolution, each, resolution.narrow(trained), holes)
-            for resolution, each, trained in zip(in_part, leaves, of_parts, strict=True)
+            _gradient(resolution, each, trained, holes)
+            for resolution, each, trained in zip(in_part, leaves, narrowed, strict=True)
         )
         return value, grads[0] if is_one else grads
 

@@ -203,6 +203,9 @@ def jit(
     what the caller gets back, each frozen leaf of the successor is the very object that was passed
     in. It is neither copied, nor dispatched, nor donated.
 
+    A leaf in which an optimizer freezes elements is passed through whole, as one that trains; its
+    elements are `with_frozen`'s and `apply_updates`' to keep.
+
     A leaf that is no array (a function, a string, a Python number in an Equinox module) is frozen,
     too, wherever it stands in the first argument. It is a part of the compiled step, which is
     traced again for another one.

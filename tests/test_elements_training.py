@@ -287,9 +287,8 @@ def test_a_donated_step_writes_the_rows_that_train_in_place():
     program = lowered.compile().as_text()
     entry = program[program.index("ENTRY") :]
     made = re.findall(r"%(\S+) = f32\[1000,64\]\S* (?!parameter)", entry)
-    # The gradient of the table, zeros and what the tokens add to them, and the table itself.
-    assert len(made) == 3, made
-    assert [name for name in made if "update-slice" in name or "update_slice" in name] == made[-1:]
+    assert len(made) == 1, made  # the table itself
+    assert "update-slice" in made[0] or "update_slice" in made[0]
     fo.assert_frozen(params, step(jax.tree.map(jnp.copy, params), tx.init(params), TOKENS)[0], tx)
 
 
