@@ -14,7 +14,7 @@ import pytest
 from helpers import assert_same_bits
 
 import frozen_optax as fo
-from benchmarks.catalogue import EXTRA_ARGS, NAMES, make
+from benchmarks.catalogue import EXTRA_ARGS, NAMES, extra_args, make
 
 STARTS = {"head": 0, "encoder/layer_1": 2, "encoder/layer_0": 4}
 
@@ -206,15 +206,13 @@ def test_a_group_that_is_nothing_or_overlaps_is_an_error_at_once() -> None:
 
 # Those with extra arguments are called by `optax.partition` with those of the whole tree.
 # `lookahead` trains a pair of trees, which `optax.partition` does not take apart.
+USUAL = {"adam", "adamw", "chain", "polyak_sgd"}  # the chain clips by the norm of its group
 ALONE = [name for name in NAMES if name not in {*EXTRA_ARGS, "lookahead"}]
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("adam", "adamw") else pytest.param(name, marks=pytest.mark.exhaustive)
-        for name in ALONE
-    ],
+    [name if name in USUAL else pytest.param(name, marks=pytest.mark.exhaustive) for name in ALONE],
 )
 def test_a_thawed_group_is_trained_as_if_alone(name: str) -> None:
     optimizer = lambda: make(name)
@@ -233,6 +231,61 @@ def test_a_thawed_group_is_trained_as_if_alone(name: str) -> None:
         assert_same_bits(bits(params["embed"]), bits(make_params()["embed"]))
 
 
+def squares(params: Any) -> Any:
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((params["encoder"], params["head"])))
+
+
+def run_on_losses(make_tx: Any, name: str) -> list[Any]:
+    """As `run`, for optimizers that are told more than gradients."""
+    params, state, taken = make_params(), None, []
+    for stage in fo.stages(STARTS, stop=6):
+        tx = make_tx(stage)
+        state = fo.transfer_state(state, tx.init(params))
+        for _ in range(stage.start, stage.stop):
+            taken.append(params)
+            grads = fo.grad(squares, tx)(params)
+            more = extra_args(name, squares, params, grads)
+            updates, state = tx.update(grads, state, params, **more)
+            params = fo.apply_updates(params, updates)
+    return [*taken, params]
+
+
+def assert_still_until_their_start(taken: list[Any]) -> None:
+    for key, start in STARTS.items():
+        untouched = bits(group_of(make_params(), key))
+        for params in taken[: start + 1]:
+            assert_same_bits(bits(group_of(params, key)), untouched)
+        for before, after in zip(
+            untouched.values(), bits(group_of(taken[-1], key)).values(), strict=True
+        ):
+            assert not np.array_equal(before, after)
+
+
+# A line search needs the loss of all that it moves: it is no optimizer of one group.
+SEARCHES = ["lbfgs", "scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in USUAL else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in EXTRA_ARGS
+        if name not in SEARCHES
+    ],
+)
+def test_a_group_is_still_until_its_start_with_extra_arguments(name: str) -> None:
+    taken = run_on_losses(lambda stage: stage.optimizer(lambda *_: make(name)), name)
+    assert_still_until_their_start(taken)
+
+
+@pytest.mark.exhaustive
+def test_a_line_search_goes_through_stages_as_one_optimizer() -> None:
+    taken = run_on_losses(lambda stage: fo.with_frozen(optax.lbfgs(), stage.frozen), "lbfgs")
+    assert_still_until_their_start(taken)
+    values = [float(squares(params)) for params in taken]
+    assert values == sorted(values, reverse=True)
+
+
 def test_before_sees_all_that_trains_together() -> None:
     stages = fo.stages(STARTS)
     taken = run(stages, 3, lambda: optax.sgd(1.0), optax.clip_by_global_norm(0.01))
@@ -243,23 +296,32 @@ def test_before_sees_all_that_trains_together() -> None:
         )
 
 
-def test_a_shared_count_steps_too_far_and_one_a_group_does_not() -> None:
-    params = {"encoder": jnp.ones(3), "head": jnp.ones(3)}
-    steps = 10_000
-
-    def first_step_of_encoder(make_tx: Any) -> float:
-        head, both = fo.stages({"head": 0, "encoder": steps}, stop=steps + 1)
-        tx = make_tx(head)
-        state = optax.tree_utils.tree_set(tx.init(params), count=jnp.array(steps))
-        tx = make_tx(both)
+def first_steps_of_encoder(make_tx: Any, start: int) -> np.ndarray:
+    """How far the first ten steps go of what is thawed after so many steps, by a constant slope."""
+    params, state, lengths = {"encoder": jnp.ones(3), "head": jnp.ones(3)}, None, []
+    for stage in fo.stages({"head": 0, "encoder": start}, stop=start + 10):
+        tx = make_tx(stage)
         state = fo.transfer_state(state, tx.init(params))
-        updates, _ = tx.update(params, state, params)
-        return -float(updates["encoder"][0])
+        update = jax.jit(tx.update)
+        for step in range(stage.start, stage.stop):
+            updates, state = update(params, state, params)
+            if step >= start:
+                lengths.append(-float(updates["encoder"][0]))
+    return np.array(lengths)
 
-    own = first_step_of_encoder(lambda stage: stage.optimizer(lambda *_: optax.adam(0.1)))
-    shared = first_step_of_encoder(lambda stage: fo.with_frozen(optax.adam(0.1), stage.frozen))
-    np.testing.assert_allclose(own, 0.1, rtol=1e-3)  # a step of Adam is at most its rate
-    assert shared > 0.3
+
+def test_a_shared_count_steps_too_far_and_one_a_group_does_not() -> None:
+    rate = 0.1
+    own = first_steps_of_encoder(lambda stage: stage.optimizer(lambda *_: optax.adam(rate)), 500)
+    shared = first_steps_of_encoder(
+        lambda stage: fo.with_frozen(optax.adam(rate), stage.frozen), 500
+    )
+    np.testing.assert_allclose(own, rate, rtol=1e-3)  # a step of Adam is at most its rate
+    # By paper: (1 - b1^k) / sqrt((1 - b2^k) / (1 - b2^(500 + k))) of it, as the count is old.
+    k = np.arange(1, 11)
+    expected = (1 - 0.9**k) / np.sqrt((1 - 0.999**k) / (1 - 0.999 ** (500 + k)))
+    np.testing.assert_allclose(shared / rate, expected, rtol=1e-3)
+    assert 3 < (shared / own).mean() < 4
 
 
 # --- into another process, and into another run
