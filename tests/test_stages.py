@@ -72,8 +72,11 @@ def test_stages_follow_one_another() -> None:
     assert fo.stages(STARTS)[-1].stop is None
     assert fo.stages(STARTS).at(10**9).start == 4
     for step in (-1, 6):
-        with pytest.raises(ValueError, match=f"step {step} is in none of the 3 stages"):
+        with pytest.raises(ValueError, match=f"step {step} is in no stage: .* 0 to step 5"):
             stages.at(step)
+    with pytest.raises(ValueError, match=r"a step is an integer, found 2\.0"):
+        stages.at(2.0)
+    assert stages.at(np.int64(2)).start == 2
 
 
 def test_a_group_is_frozen_again_at_the_end_of_its_pair() -> None:
@@ -171,6 +174,8 @@ def test_a_group_may_name_a_function_of_a_module() -> None:
         ({"head": -1}, None, r"'head' has the step -1"),
         ({"head": 0.5}, None, r"'head' has the step 0\.5"),
         ({"head": True}, None, r"'head' has the step True"),
+        ({"head": (0, None)}, None, r"'head' has the step None\. A step is an integer"),
+        ({"head": 0}, -3, r"the argument stop has the step -3"),
         ({"head": (0, 1, 2)}, None, r"'head' has \(0, 1, 2\), expected one step or a pair"),
         ({"head": (3, 3)}, None, r"'head' is to train from step 3 to step 3"),
         ({"head": (3, 2)}, None, r"'head' is to train from step 3 to step 2"),
@@ -200,6 +205,17 @@ def test_a_group_that_is_nothing_or_overlaps_is_an_error_at_once() -> None:
         first.frozen.mask(params)
     with pytest.raises(TypeError, match="cannot select leaves by 3"):
         fo.stages({3: 0})
+    with pytest.raises(
+        ValueError, match=r"leave it out of one, by_path\('\*\*'\) & ~by_path\('head"
+    ):
+        fo.stages({"head": 0, "**": 1})[0].frozen.mask(params)
+
+
+def test_what_is_no_schedule_and_no_way_to_make_optimizers_is_told() -> None:
+    with pytest.raises(TypeError, match=r"stages take a dict, such as .*found .*list"):
+        fo.stages([("head", 0), ("encoder", 5)])
+    with pytest.raises(TypeError, match=r"takes a function of a group and the step.*lambda group"):
+        fo.stages({"head": 0})[0].optimizer(optax.adam(0.1))
 
 
 # --- what is trained
@@ -284,6 +300,33 @@ def test_a_line_search_goes_through_stages_as_one_optimizer() -> None:
     assert_still_until_their_start(taken)
     values = [float(squares(params)) for params in taken]
     assert values == sorted(values, reverse=True)
+
+
+def test_state_of_what_is_frozen_again_is_dropped_or_kept() -> None:
+    """By default a state holds what is trained; kept by hand it goes on in another schedule."""
+    params, adam = make_params(), lambda *_: optax.adam(0.1)
+    first, second = fo.stages({"head": (0, 2), "encoder": 2}, stop=4)
+    states, state = [], None
+    for stage in (first, second):
+        tx = stage.optimizer(adam)
+        state = fo.transfer_state(state, tx.init(params), may_be_empty=True)
+        for step in range(stage.start, stage.stop):
+            updates, state = tx.update(gradients(step, params), state, params)
+            params = fo.apply_updates(params, updates)
+        states.append(state)
+    kept, last = states
+    assert set(fo.plan_transfer(kept, last).dropped) == set(bits(kept))
+    both = fo.stages({"head": 0, "encoder": 0})[0].optimizer(adam).init(params)
+    fresh = fo.transfer_state(last, both)
+    assert not any("'head'" in path for path in fo.plan_transfer(last, both).carried)
+    taken_up = bits(fo.transfer_state(last, fo.transfer_state(kept, both)))
+    counts = {path: int(leaf) for path, leaf in taken_up.items() if path.endswith("count")}
+    assert list(counts.values()) == [2, 2]
+    for path, leaf in bits(kept).items():
+        assert taken_up[path] is leaf
+        assert not np.array_equal(bits(fresh)[path], leaf)
+    for path, leaf in bits(last).items():
+        assert taken_up[path] is leaf
 
 
 def test_before_sees_all_that_trains_together() -> None:
