@@ -17,7 +17,7 @@ import optax
 
 from frozen_optax._selection import as_selector
 from frozen_optax._selectors import Reads, Selector, reads
-from frozen_optax._trees import View, objects_in
+from frozen_optax._trees import View, describe, objects_in
 from frozen_optax._typing import Frozen, PyTree
 from frozen_optax._with_frozen import FrozenOptimizer, with_frozen
 
@@ -49,16 +49,16 @@ class _Group:
         return self.start <= step and (self.stop is None or step < self.stop)
 
 
-def _step(value: Any, key: Any) -> int:
-    """A step of a schedule."""
+def _step(value: Any, what: str) -> int:
+    """A step of a schedule; `what` has it."""
     try:
         step = operator.index(value)
     except TypeError:
         step = -1
     if isinstance(value, bool) or step < 0:
         raise ValueError(
-            f"the group {key!r} has the step {value!r}. A step is an integer from 0 on, or a pair "
-            "of them: the group trains from the first and is frozen again at the second."
+            f"{what} has the step {value!r}. A step is an integer from 0 on. A group has one, from "
+            "which it trains, or a pair: at the second it is frozen again."
         )
     return step
 
@@ -73,12 +73,12 @@ def _label(key: Any, selector: Selector, number: int) -> str:
 
 def _group(key: Any, bounds: Any, number: int) -> _Group:
     selector = as_selector(key)
-    label = _label(key, selector, number)
+    label, what = _label(key, selector, number), f"the group {key!r}"
     if not isinstance(bounds, (tuple, list)):
-        return _Group(key, label, selector, _step(bounds, key), None)
+        return _Group(key, label, selector, _step(bounds, what), None)
     if len(bounds) != 2:
         raise ValueError(f"the group {key!r} has {bounds!r}, expected one step or a pair of them.")
-    start, stop = (_step(bound, key) for bound in bounds)
+    start, stop = (_step(bound, what) for bound in bounds)
     if start >= stop:
         raise ValueError(
             f"the group {key!r} is to train from step {start} to step {stop}, which is no step at "
@@ -98,10 +98,12 @@ def _choices(groups: Sequence[_Group], view: View) -> dict[str, np.ndarray]:
         for other in groups[i + 1 :]:
             both = np.flatnonzero(chosen[one.label] & chosen[other.label])
             if both.size:
+                size = lambda group: np.count_nonzero(chosen[group.label])
+                smaller, larger = sorted((one, other), key=size)
                 raise ValueError(
                     f"the groups {one.key!r} and {other.key!r} overlap, at "
                     f"{view.paths[both[0]]!r}. A leaf trains in one group: leave it out of one, "
-                    f"{one.selector!r} & ~{other.selector!r}."
+                    f"{larger.selector!r} & ~{smaller.selector!r}."
                 )
     return chosen
 
@@ -188,7 +190,15 @@ class Stage:
             given it, and `start` the step at which it began to train. The counts in its state, and
             so its schedules, begin there.
           before: what comes before it, over all that trains in this stage: clipping by global norm.
+
+        Raises:
+          TypeError: `make` is no function.
         """
+        if not callable(make):
+            raise TypeError(
+                "stage.optimizer takes a function of a group and the step at which it began, found "
+                f"{describe(make)}. For one optimizer alike write lambda group, start: optimizer."
+            )
         transforms: dict[Hashable, optax.GradientTransformation] = {}
         transforms |= {group.label: make(group.key, group.start) for group in self._trained}
         inner = optax.partition(transforms, self.labels)
@@ -217,14 +227,18 @@ class Stages(Sequence[Stage]):
         """The stage that a step belongs to.
 
         Raises:
-          ValueError: it belongs to none.
+          ValueError: it belongs to none, or is no integer.
         """
+        try:
+            step = operator.index(step)
+        except TypeError:
+            raise ValueError(f"a step is an integer, found {step!r}.") from None
         for stage in self._stages:
             if stage.start <= step and (stage.stop is None or step < stage.stop):
                 return stage
         stop = self._stages[-1].stop
         raise ValueError(
-            f"step {step} is in none of the {len(self)} stages, which go from step 0 to "
+            f"step {step} is in no stage: they go from step 0 to "
             f"{'the end' if stop is None else f'step {stop - 1}'}."
         )
 
@@ -251,7 +265,7 @@ def stages(starts: Mapping[Any, int | tuple[int, int]], stop: int | None = None)
       before=None)`.
 
     Raises:
-      TypeError: a group is no way to select leaves.
+      TypeError: `starts` is no dict, or a group is no way to select leaves.
       ValueError: a step is negative or no integer, or a pair is not in order; at some step nothing
         trains; `stop` is not after all starts. When used: a group selects nothing, or two overlap.
         The message names the group.
@@ -270,6 +284,10 @@ def stages(starts: Mapping[Any, int | tuple[int, int]], stop: int | None = None)
       ('head',) {'encoder': 1.0, 'head': 0.81}
       ('head', 'encoder') {'encoder': 0.81, 'head': 0.656}
     """
+    if not isinstance(starts, Mapping):
+        raise TypeError(
+            f"stages take a dict, such as {{'head': 0, 'encoder': 500}}, found {describe(starts)}."
+        )
     if not starts:
         raise ValueError("stages need at least one group: nothing would ever train.")
     groups = tuple(_group(*item, number) for number, item in enumerate(starts.items()))
@@ -286,7 +304,7 @@ def stages(starts: Mapping[Any, int | tuple[int, int]], stop: int | None = None)
     bounds |= {group.stop for group in groups if group.stop is not None}
     if stop is not None:
         last = max(groups, key=lambda group: group.start)
-        if _step(stop, "stop") <= last.start:
+        if _step(stop, "the argument stop") <= last.start:
             raise ValueError(
                 f"the group {last.key!r} would begin at step {last.start} and never train: the "
                 f"stop is at step {stop}."

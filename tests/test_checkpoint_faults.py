@@ -19,6 +19,7 @@ from helpers import host_bits, same_objects
 
 import frozen_optax as fo
 
+ROOT = Path(__file__).parents[1]
 PARAMS = {
     "encoder": {"w": jnp.arange(6.0).reshape(2, 3), "n": jnp.arange(3)},
     "head": {"w": jnp.arange(3.0), "q": jnp.arange(4, dtype="int4"), "k": jax.random.key(5)},
@@ -276,22 +277,15 @@ def test_what_cannot_be_saved_is_told_and_nothing_written(tmp_path: Any) -> None
 # and says before each turn which it is. With a number it kills itself, in the third turn, as it is
 # about to do that which has this number among all that it does to directories.
 KILLED = """
-import itertools, os, signal, sys
+import itertools, sys
 import jax, jax.numpy as jnp, frozen_optax as fo
+from benchmarks.killed import die_at
 root, moment = sys.argv[1], int(sys.argv[2])
-count = None
-def audit(event, _):
-    global count
-    if count is not None and event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(audit)
 for turn in itertools.count():
     params = {"encoder": jnp.arange(3.0), "head": {str(i): jnp.full(99, turn) for i in range(5)}}
     print(turn, flush=True)
     if turn == 2 and moment:
-        count = 0
+        die_at(moment)
     fo.save_trained(f"{root}/replaced", params, "encoder", overwrite=True)
     fo.save_trained(f"{root}/new{turn}", params, "encoder")
 """
@@ -310,7 +304,7 @@ def turn_of(path: Path) -> int | str:
 def kill_a_save(root: Path, *, after: float = 0.0, moment: int = 0) -> None:
     command = [sys.executable, "-c", KILLED, str(root), str(moment)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdout
         first = process.stdout.readline()

@@ -14,7 +14,7 @@ import pytest
 from helpers import assert_same_bits
 
 import frozen_optax as fo
-from benchmarks.catalogue import EXTRA_ARGS, NAMES, make
+from benchmarks.catalogue import EXTRA_ARGS, NAMES, extra_args, make
 
 STARTS = {"head": 0, "encoder/layer_1": 2, "encoder/layer_0": 4}
 
@@ -72,8 +72,11 @@ def test_stages_follow_one_another() -> None:
     assert fo.stages(STARTS)[-1].stop is None
     assert fo.stages(STARTS).at(10**9).start == 4
     for step in (-1, 6):
-        with pytest.raises(ValueError, match=f"step {step} is in none of the 3 stages"):
+        with pytest.raises(ValueError, match=f"step {step} is in no stage: .* 0 to step 5"):
             stages.at(step)
+    with pytest.raises(ValueError, match=r"a step is an integer, found 2\.0"):
+        stages.at(2.0)
+    assert stages.at(np.int64(2)).start == 2
 
 
 def test_a_group_is_frozen_again_at_the_end_of_its_pair() -> None:
@@ -171,6 +174,8 @@ def test_a_group_may_name_a_function_of_a_module() -> None:
         ({"head": -1}, None, r"'head' has the step -1"),
         ({"head": 0.5}, None, r"'head' has the step 0\.5"),
         ({"head": True}, None, r"'head' has the step True"),
+        ({"head": (0, None)}, None, r"'head' has the step None\. A step is an integer"),
+        ({"head": 0}, -3, r"the argument stop has the step -3"),
         ({"head": (0, 1, 2)}, None, r"'head' has \(0, 1, 2\), expected one step or a pair"),
         ({"head": (3, 3)}, None, r"'head' is to train from step 3 to step 3"),
         ({"head": (3, 2)}, None, r"'head' is to train from step 3 to step 2"),
@@ -200,21 +205,30 @@ def test_a_group_that_is_nothing_or_overlaps_is_an_error_at_once() -> None:
         first.frozen.mask(params)
     with pytest.raises(TypeError, match="cannot select leaves by 3"):
         fo.stages({3: 0})
+    with pytest.raises(
+        ValueError, match=r"leave it out of one, by_path\('\*\*'\) & ~by_path\('head"
+    ):
+        fo.stages({"head": 0, "**": 1})[0].frozen.mask(params)
+
+
+def test_what_is_no_schedule_and_no_way_to_make_optimizers_is_told() -> None:
+    with pytest.raises(TypeError, match=r"stages take a dict, such as .*found .*list"):
+        fo.stages([("head", 0), ("encoder", 5)])
+    with pytest.raises(TypeError, match=r"takes a function of a group and the step.*lambda group"):
+        fo.stages({"head": 0})[0].optimizer(optax.adam(0.1))
 
 
 # --- what is trained
 
 # Those with extra arguments are called by `optax.partition` with those of the whole tree.
 # `lookahead` trains a pair of trees, which `optax.partition` does not take apart.
+USUAL = {"adam", "adamw", "chain", "polyak_sgd"}  # the chain clips by the norm of its group
 ALONE = [name for name in NAMES if name not in {*EXTRA_ARGS, "lookahead"}]
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("adam", "adamw") else pytest.param(name, marks=pytest.mark.exhaustive)
-        for name in ALONE
-    ],
+    [name if name in USUAL else pytest.param(name, marks=pytest.mark.exhaustive) for name in ALONE],
 )
 def test_a_thawed_group_is_trained_as_if_alone(name: str) -> None:
     optimizer = lambda: make(name)
@@ -233,6 +247,88 @@ def test_a_thawed_group_is_trained_as_if_alone(name: str) -> None:
         assert_same_bits(bits(params["embed"]), bits(make_params()["embed"]))
 
 
+def squares(params: Any) -> Any:
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((params["encoder"], params["head"])))
+
+
+def run_on_losses(make_tx: Any, name: str) -> list[Any]:
+    """As `run`, for optimizers that are told more than gradients."""
+    params, state, taken = make_params(), None, []
+    for stage in fo.stages(STARTS, stop=6):
+        tx = make_tx(stage)
+        state = fo.transfer_state(state, tx.init(params))
+        for _ in range(stage.start, stage.stop):
+            taken.append(params)
+            grads = fo.grad(squares, tx)(params)
+            more = extra_args(name, squares, params, grads)
+            updates, state = tx.update(grads, state, params, **more)
+            params = fo.apply_updates(params, updates)
+    return [*taken, params]
+
+
+def assert_still_until_their_start(taken: list[Any]) -> None:
+    for key, start in STARTS.items():
+        untouched = bits(group_of(make_params(), key))
+        for params in taken[: start + 1]:
+            assert_same_bits(bits(group_of(params, key)), untouched)
+        for before, after in zip(
+            untouched.values(), bits(group_of(taken[-1], key)).values(), strict=True
+        ):
+            assert not np.array_equal(before, after)
+
+
+# A line search needs the loss of all that it moves: it is no optimizer of one group.
+SEARCHES = ["lbfgs", "scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in USUAL else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in EXTRA_ARGS
+        if name not in SEARCHES
+    ],
+)
+def test_a_group_is_still_until_its_start_with_extra_arguments(name: str) -> None:
+    taken = run_on_losses(lambda stage: stage.optimizer(lambda *_: make(name)), name)
+    assert_still_until_their_start(taken)
+
+
+@pytest.mark.exhaustive
+def test_a_line_search_goes_through_stages_as_one_optimizer() -> None:
+    taken = run_on_losses(lambda stage: fo.with_frozen(optax.lbfgs(), stage.frozen), "lbfgs")
+    assert_still_until_their_start(taken)
+    values = [float(squares(params)) for params in taken]
+    assert values == sorted(values, reverse=True)
+
+
+def test_state_of_what_is_frozen_again_is_dropped_or_kept() -> None:
+    """By default a state holds what is trained; kept by hand it goes on in another schedule."""
+    params, adam = make_params(), lambda *_: optax.adam(0.1)
+    first, second = fo.stages({"head": (0, 2), "encoder": 2}, stop=4)
+    states, state = [], None
+    for stage in (first, second):
+        tx = stage.optimizer(adam)
+        state = fo.transfer_state(state, tx.init(params), may_be_empty=True)
+        for step in range(stage.start, stage.stop):
+            updates, state = tx.update(gradients(step, params), state, params)
+            params = fo.apply_updates(params, updates)
+        states.append(state)
+    kept, last = states
+    assert set(fo.plan_transfer(kept, last).dropped) == set(bits(kept))
+    both = fo.stages({"head": 0, "encoder": 0})[0].optimizer(adam).init(params)
+    fresh = fo.transfer_state(last, both)
+    assert not any("'head'" in path for path in fo.plan_transfer(last, both).carried)
+    taken_up = bits(fo.transfer_state(last, fo.transfer_state(kept, both)))
+    counts = {path: int(leaf) for path, leaf in taken_up.items() if path.endswith("count")}
+    assert list(counts.values()) == [2, 2]
+    for path, leaf in bits(kept).items():
+        assert taken_up[path] is leaf
+        assert not np.array_equal(bits(fresh)[path], leaf)
+    for path, leaf in bits(last).items():
+        assert taken_up[path] is leaf
+
+
 def test_before_sees_all_that_trains_together() -> None:
     stages = fo.stages(STARTS)
     taken = run(stages, 3, lambda: optax.sgd(1.0), optax.clip_by_global_norm(0.01))
@@ -243,23 +339,32 @@ def test_before_sees_all_that_trains_together() -> None:
         )
 
 
-def test_a_shared_count_steps_too_far_and_one_a_group_does_not() -> None:
-    params = {"encoder": jnp.ones(3), "head": jnp.ones(3)}
-    steps = 10_000
-
-    def first_step_of_encoder(make_tx: Any) -> float:
-        head, both = fo.stages({"head": 0, "encoder": steps}, stop=steps + 1)
-        tx = make_tx(head)
-        state = optax.tree_utils.tree_set(tx.init(params), count=jnp.array(steps))
-        tx = make_tx(both)
+def first_steps_of_encoder(make_tx: Any, start: int) -> np.ndarray:
+    """How far the first ten steps go of what is thawed after so many steps, by a constant slope."""
+    params, state, lengths = {"encoder": jnp.ones(3), "head": jnp.ones(3)}, None, []
+    for stage in fo.stages({"head": 0, "encoder": start}, stop=start + 10):
+        tx = make_tx(stage)
         state = fo.transfer_state(state, tx.init(params))
-        updates, _ = tx.update(params, state, params)
-        return -float(updates["encoder"][0])
+        update = jax.jit(tx.update)
+        for step in range(stage.start, stage.stop):
+            updates, state = update(params, state, params)
+            if step >= start:
+                lengths.append(-float(updates["encoder"][0]))
+    return np.array(lengths)
 
-    own = first_step_of_encoder(lambda stage: stage.optimizer(lambda *_: optax.adam(0.1)))
-    shared = first_step_of_encoder(lambda stage: fo.with_frozen(optax.adam(0.1), stage.frozen))
-    np.testing.assert_allclose(own, 0.1, rtol=1e-3)  # a step of Adam is at most its rate
-    assert shared > 0.3
+
+def test_a_shared_count_steps_too_far_and_one_a_group_does_not() -> None:
+    rate = 0.1
+    own = first_steps_of_encoder(lambda stage: stage.optimizer(lambda *_: optax.adam(rate)), 500)
+    shared = first_steps_of_encoder(
+        lambda stage: fo.with_frozen(optax.adam(rate), stage.frozen), 500
+    )
+    np.testing.assert_allclose(own, rate, rtol=1e-3)  # a step of Adam is at most its rate
+    # By paper: (1 - b1^k) / sqrt((1 - b2^k) / (1 - b2^(500 + k))) of it, as the count is old.
+    k = np.arange(1, 11)
+    expected = (1 - 0.9**k) / np.sqrt((1 - 0.999**k) / (1 - 0.999 ** (500 + k)))
+    np.testing.assert_allclose(shared / rate, expected, rtol=1e-3)
+    assert 3 < (shared / own).mean() < 4
 
 
 # --- into another process, and into another run
