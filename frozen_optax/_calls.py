@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from frozen_optax._messages import warn
 from frozen_optax._placement import buffers, elsewhere, refuse_shared, target_of
 from frozen_optax._resolution import Resolution
 from frozen_optax._rows import (
@@ -353,9 +353,8 @@ def _tell_of_moves(step: Stored, call: Call) -> None:
     shown = ", ".join(moved[:_MAX_MOVED])
     if len(moved) > _MAX_MOVED:
         shown += f", and {len(moved) - _MAX_MOVED} more"
-    warnings.warn(
+    warn(
         f"frozen leaves are moved to where the step runs, at each of its calls: {shown}. Move them "
         "once, before the first step: params = jax.device_put(params, sharding), or on a single "
-        "device jax.device_put(params).",
-        stacklevel=7,  # where the step was called
+        "device jax.device_put(params)."
     )

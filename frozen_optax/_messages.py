@@ -1,8 +1,10 @@
-"""Faults listed in an error: each at its path, the first ten, and how many more there are."""
+"""What users are told: faults listed in an error, each at its path, and warnings."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import warnings
 from collections.abc import Sequence
 
 _MAX_FAULTS = 10  # described in one message
@@ -33,3 +35,11 @@ def quoted(paths: Sequence[str]) -> str:
     """The first few of some paths, within a sentence."""
     shown = ", ".join(map(repr, paths[:_MAX_PATHS]))
     return shown + ", ..." if len(paths) > _MAX_PATHS else shown
+
+
+def warn(message: str) -> None:
+    """Warns of the line that has called into this library, however many calls ago."""
+    package, frame, level = __name__.partition(".")[0], inspect.currentframe(), 1
+    while frame and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import threading
+import weakref
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import pytest
 from flax import nnx
 
 import frozen_optax as fo
+from frozen_optax._nnx._jit import NnxStep
 
 data = nnx.data if hasattr(nnx, "data") else lambda value: value
 
@@ -246,3 +249,97 @@ def test_a_variable_of_another_kind_is_not_trained() -> None:
     trained = fo.nnx_filter(model, "base")
     model.head = nnx.BatchStat(jnp.ones(()))
     assert not jax.tree.leaves(nnx.state(model, trained))
+
+
+# --- what is remembered, and for how long
+
+
+class Layers(nnx.Module):
+    def __init__(self) -> None:
+        self.layers = data([Net() for _ in range(3)])
+        self.head = one()
+
+
+def test_a_step_that_goes_around_models_walks_each_once(monkeypatch: Any) -> None:
+    walked: list[Any] = []
+    row = NnxStep._row
+    monkeypatch.setattr(NnxStep, "_row", lambda *args: walked.append(1) or row(*args))
+    step = fo.nnx_jit(add_one, frozen="**/base", discard=True)
+    models = [Net(), Layers(), Net(), Layers()]
+    models[2].tag = "another layout"
+    for _ in range(3):
+        for model in models:
+            step(model)
+    assert len(walked) == len(models)
+    assert [float(value(model.head)) for model in models] == [4] * 4
+    assert {float(value(layer.base)) for layer in models[3].layers} == {1}
+    crowd = [Net() for _ in range(20)]
+    for model in crowd * 2:
+        step(model)
+    assert len(walked) == len(models) + 2 * len(crowd)
+    assert len(step._known) == 8
+
+
+def alive_after(make: Any) -> list[bool]:
+    """Which of the modules that `make` returns are there when a step alone knows of them."""
+    step = fo.nnx_jit(lambda *modules: None, frozen="**/base")
+    modules = make()
+    refs = [weakref.ref(module) for module in modules]
+    refs += [weakref.ref(node) for module in modules for node in below(module)]
+    for _ in range(2):
+        step(*modules)
+    del modules
+    gc.collect()
+    assert not step._known
+    return [ref() is not None for ref in refs]
+
+
+def below(module: Any) -> list[Any]:
+    return [each for each in vars(module).values() if isinstance(each, nnx.Module)]
+
+
+def parented() -> list[Any]:
+    model = Net()
+    model.child = Net()
+    model.child.parent = data(model)
+    return [model]
+
+
+def holding_one_another() -> list[Any]:
+    one_net, other = Net(), Net()
+    one_net.other = data({"in": [other]})
+    other.other = data(one_net)
+    return [one_net, other]
+
+
+def holding_the_next() -> list[Any]:
+    model, outer = Net(), Net()
+    outer.inner = model
+    return [model, outer]
+
+
+@pytest.mark.parametrize("make", [parented, holding_one_another, holding_the_next])
+def test_no_step_keeps_modules_alive(make: Any) -> None:
+    assert not any(alive_after(make))
+
+
+def test_a_model_is_let_go_while_another_argument_lives_on() -> None:
+    step = fo.nnx_jit(lambda *modules: None, frozen="**/base")
+    metric = nnx.metrics.Average("loss")
+    for make in (parented, lambda: [Net()]):
+        (model,) = make()
+        step(model, metric)
+        ref = weakref.ref(model)
+        del model
+        gc.collect()
+        assert ref() is None
+
+
+def test_a_step_is_remembered_by_the_place_of_modules_that_are_there() -> None:
+    """A new model may lie in memory where one lay that is gone."""
+    step = fo.nnx_jit(add_one, frozen="base", discard=True)
+    for number in range(50):
+        model = Net(float(number))
+        step(model)
+        assert float(value(model.head)) == number + 1
+    assert len(step._known) == 1

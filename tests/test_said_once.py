@@ -1,6 +1,7 @@
 """What is frozen is said once, to the optimizer; what disagrees is an error with both sides."""
 
 import dataclasses
+import inspect
 import json
 import re
 import tempfile
@@ -391,6 +392,37 @@ def test_frozen_host_leaves_are_told_of_once_with_the_remedy():
     assert told[0].filename == __file__
     step(on_host)  # where a warning is an error
     step(jax.device_put(params))
+
+
+def of_jit(params):
+    return fo.jit(moved, frozen="encoder"), params
+
+
+def of_stage(params):
+    return fo.jit(moved, frozen="encoder").lower(params).compile(), params
+
+
+def of_nnx_jit(params):
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    model.kernel = nnx.Param(params["encoder"]["w"])
+    return fo.nnx_jit(lambda model: None, frozen="kernel"), model
+
+
+def of_nnx_stage(params):
+    step, model = of_nnx_jit(params)
+    return step.lower(model).compile(), model
+
+
+@pytest.mark.parametrize("make", [of_jit, of_stage, of_nnx_jit, of_nnx_stage])
+def test_the_warning_points_at_the_call_however_it_is_made(make):
+    params = make_params()
+    step, first = make({**params, "encoder": jax.tree.map(np.asarray, params["encoder"])})
+    with pytest.warns(UserWarning, match="at each of its calls") as told:
+        step(first)
+    assert [(each.filename, each.lineno) for each in told] == [(__file__, THE_CALL)]
+
+
+THE_CALL = inspect.getsourcelines(test_the_warning_points_at_the_call_however_it_is_made)[1] + 5
 
 
 def test_a_backbone_on_one_device_beside_eight_is_told_of():

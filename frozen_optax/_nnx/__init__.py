@@ -150,7 +150,8 @@ def nnx_jit(
     zero to them, and anything else is an error. Variables that are shared stay shared.
 
     A call does not walk the modules, as `nnx.jit` does, while they are the same objects, put
-    together in the same way; it looks whether they are.
+    together in the same way; it looks whether they are. The last few models are remembered so, and
+    none is kept alive; one that holds itself, as the parent of its layers, is walked at each call.
 
     Args:
       fun: the step; leave it out to use `nnx_jit` as a decorator.

@@ -118,6 +118,37 @@ def flat_state(state: PyTree) -> list[tuple[Path, Any]]:
     return [(tuple(map(key_of, path)), node) for path, node in flat]
 
 
+def _held_by(node: Any) -> Mapping[Any, Any]:
+    """The attributes of a module by their names; of a mapping what is in it.
+
+    Of a mapping of another kind (nnx.State) it is what it stores that stays.
+    """
+    return node if isinstance(node, dict) else vars(node)
+
+
+def _children_of(node: Any) -> Iterable[Any]:
+    """What a module, a mapping or a sequence holds; nothing of anything else."""
+    if isinstance(node, Mapping) or _is_node(node):
+        return [child for key, child in _held_by(node).items() if not str(key).startswith(_MARKS)]
+    return node if isinstance(node, (list, tuple)) else ()
+
+
+def _holds_itself(module: Any) -> bool:
+    """Whether a module stands in itself, at any depth: as the parent of its layers, say."""
+    seen: set[int] = set()
+    pending = [module]
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        for child in _children_of(node):
+            if child is module:
+                return True
+            pending.append(child)
+    return False
+
+
 class Structure:
     """Tells whether modules are still put together as they were, at a price for each call.
 
@@ -128,7 +159,8 @@ class Structure:
 
     Attributes:
       is_known: whether all can be seen in this way. A node that NNX does not know, such as a
-        dataclass, may be changed in place by nobody knows which means.
+        dataclass, may be changed in place by nobody knows which means. And a module that holds
+        itself would be kept alive by what is kept here of it, for ever.
     """
 
     def __init__(self, modules: Sequence[Any]):
@@ -147,19 +179,18 @@ class Structure:
             if is_variable(node):
                 self._variables.append(node)
             elif isinstance(node, Mapping) or _is_node(node):
-                # Of a mapping of another kind (nnx.State) it is what it stores that stays.
-                held = node if isinstance(node, dict) else vars(node)
+                held = _held_by(node)
                 if not any(node is module for module in modules):  # which it must not keep alive
                     self._nodes.append(node)
                 self._mappings.append(held)
                 self._containers.append(held.values())  # a live view of what is there
-                pending += (each for key, each in held.items() if not str(key).startswith(_MARKS))
             elif isinstance(node, (list, tuple)):
                 if isinstance(node, list):  # a tuple never holds anything else
                     self._containers.append(node)
-                pending += node
             elif not jax.tree_util.all_leaves([node]) and node is not None:
                 self.is_known = False
+            pending += _children_of(node)
+        self.is_known = self.is_known and not any(map(_holds_itself, modules))
         self._metadata_of = metadata_getter()
         self._children = list(itertools.chain.from_iterable(self._containers))
         self._facts = self._look()

@@ -45,7 +45,8 @@ Arguments: TypeAlias = tuple[Sequence[Any], dict[str, Any]]
 # --- the Variables of all modules as one argument
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+# jax prints what it finds to be different, and what these hold is as large as the modules.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Layout:
     """How modules are put together around what their Variables hold. It compares by identity.
 
@@ -63,7 +64,7 @@ class _Layout:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Row:
     """What the Variables hold. To jax each is known by its path."""
 
@@ -274,6 +275,9 @@ def _of_row_options(fun: Callable[..., Any], options: dict[str, Any]) -> dict[st
 # --- what is remembered of modules
 
 
+_MAX_KNOWN = 8  # models that one step goes around
+
+
 class _Known:
     """Modules whose Variables have been looked up, so that the next call need not walk them.
 
@@ -345,16 +349,18 @@ class NnxStep(Generic[P, R]):
         self._selector, self._wrt = selector, wrt
         self._of_row = _of_row(fun, selector, wrt)
         options = _of_row_options(fun, options)
-        self._step = Step(self._of_row, _InRow(selector), None, discard, options)
+        self._make = functools.partial(Step, self._of_row, _InRow(selector), None, discard, options)
         self._layouts: dict[Hashable, _Layout] = {}  # one for each that is compiled
-        self._known: _Known | None = None
+        self._steps: dict[_Layout, Step[..., Any]] = {}  # one for each, which goes on as it began
+        # By where the modules lie in memory, which is theirs until they are gone, and so is this.
+        self._known: dict[tuple[int, ...], _Known] = {}
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """One step. The modules are changed in place."""
-        return self._run(self._step, args, kwargs)
+        return self._run(self._compiled, args, kwargs)
 
     def trace(self, /, *args: P.args, **kwargs: P.kwargs) -> Stage:
         """As `jax.jit` has it."""
@@ -366,8 +372,16 @@ class NnxStep(Generic[P, R]):
 
     def clear_cache(self) -> None:
         """Forgets all that was compiled."""
-        self._known = None
-        self._step.clear_cache()
+        self._known.clear()
+        for step in self._steps.values():
+            step.clear_cache()
+
+    def _step_for(self, row: _Row) -> Step[..., Any]:
+        step = self._steps.get(row.layout)
+        return self._steps.setdefault(row.layout, self._make()) if step is None else step
+
+    def _compiled(self, row: _Row, /, *args: Any, **kwargs: Any) -> Any:
+        return self._step_for(row)(row, *args, **kwargs)
 
     def _run(self, step: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         modules, others = _take_modules((args, kwargs))
@@ -375,7 +389,7 @@ class NnxStep(Generic[P, R]):
         try:
             row, result = step(row, *others[0], **others[1])
         except _Outdated:
-            self._known = None
+            self._known.clear()
         else:
             put(row)
             return result
@@ -394,14 +408,16 @@ class NnxStep(Generic[P, R]):
     def _stage(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Stage:
         modules, others = _take_modules((args, kwargs))
         row, _ = self._look(modules, others, (args, kwargs))
-        return Stage(getattr(self._step, method)(row, *others[0], **others[1]), self._run)
+        make = getattr(self._step_for(row), method)
+        return Stage(make(row, *others[0], **others[1]), self._run)
 
     def _look(
         self, modules: Sequence[Any], others: Arguments, arguments: Arguments
     ) -> tuple[_Row, Callable[[_Row], None]]:
         """The row of the modules, and how to put the next one into them."""
         places = jax.tree.structure(others)
-        known = self._known  # once, as another thread may replace it
+        key = tuple(map(id, modules))
+        known = self._known.get(key)
         if known is not None and (row := known.row(modules, places)) is not None:
             return row, known.put
         row = self._row(modules, arguments, self._selector)
@@ -420,10 +436,12 @@ class NnxStep(Generic[P, R]):
 
         def drop(_: Any) -> None:
             if (step := owner()) is not None:
-                step._known = None
+                step._known.pop(key, None)
 
         known = _Known(row.layout, modules, places, structure, variables, drop)
-        self._known = known
+        for oldest in list(self._known)[: 1 - _MAX_KNOWN]:
+            self._known.pop(oldest, None)
+        self._known[key] = known
         return row, known.put
 
     def _row(self, modules: Sequence[Any], arguments: Arguments, selector: Selector) -> _Row:
