@@ -1,8 +1,8 @@
 """What to keep: the smallest border, in bytes an example, between what is hoisted and what is not.
 
 What the live part reads need not be kept as it is. Elementwise operations, moves, casts and sums
-may be done again, so what they are made of may be kept instead: of a mask, the lengths it was made from;
-of a one-hot, its class. Which of all such choices is the smallest is a minimum cut.
+may be done again, so what they are made of may be kept instead: of a mask, the lengths it was made
+from; of a one-hot, its class. Which of all such choices is the smallest is a minimum cut.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _shared(split: Split, kept: set[str]) -> list[str]:
             continue
         seen.add(var)
         if var not in made_by:
-            if value.made_of == {"data"}:  # a number for all examples
+            if value.made_of == frozenset({"data"}):  # a number for all examples
                 found[value.digest] = None
             continue
         eqn = made_by[var]

@@ -18,7 +18,7 @@ from frozen_optax._hoist._rows import COUNT, ArrayOf, Kept, Rows, join, require_
 from frozen_optax._hoist._sizes import Batch, Sizes
 from frozen_optax._hoist._split import Given, Split, split
 from frozen_optax._messages import quoted
-from frozen_optax._proofs._trace import Inputs, as_traced, is_array_or_float, is_number
+from frozen_optax._proofs._trace import Inputs, abstract, is_array_or_float, is_number
 from frozen_optax._selection import frozen_selector
 from frozen_optax._selectors import Selector, resolve
 from frozen_optax._signature import as_list
@@ -232,7 +232,9 @@ class Hoisted:
             names = []
         return f"{names[place]!r}" if place < len(names) else f"argument {place}"
 
-    def _inputs(self, params: PyTree, args: Sequence[PyTree]) -> tuple[Inputs, list[Any], list[Given]]:
+    def _inputs(
+        self, params: PyTree, args: Sequence[PyTree]
+    ) -> tuple[Inputs, list[Any], list[Given]]:
         """All arguments as inputs of a program, and what each input is."""
         resolution = resolve(self._selector, params, to_train=True)
         inputs, makes, given = Inputs(), list[Any](), list[Given]()
@@ -267,9 +269,7 @@ class Hoisted:
     # --- programs
 
     def _trace(self, inputs: Inputs, makes: Sequence[Any], given: Sequence[Given]) -> _Traced:
-        avals = list(map(as_traced, inputs.leaves))
-        avals = [jax.typeof(aval) if is_traced(aval) else aval for aval in avals]
-        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
+        avals = list(map(_aval, inputs.leaves))
         size = _batch_size(avals, given)
         sizes = Sizes(size)
         returned: list[Any] = []
@@ -292,13 +292,14 @@ class Hoisted:
         """The same function at twice as many examples.
 
         Of a live argument it is not known whether its first axis counts them: it does if that makes
-        a program.
+        a program, and it may hold as many words of a key by chance.
         """
         errors = list[Exception]()
-        for kinds in (("data", "live"), ("data",)):
+        for counts in (lambda aval: True, lambda aval: not _may_be_key(aval), lambda aval: False):
             larger = [
                 _with_batch(aval, sizes.other)
-                if each.kind in kinds and aval.shape[:1] == (sizes.size,)
+                if aval.shape[:1] == (sizes.size,)
+                and (each.kind == "data" or (each.kind == "live" and counts(aval)))
                 else aval
                 for aval, each in zip(avals, given, strict=True)
             ]
@@ -309,7 +310,8 @@ class Hoisted:
         raise ValueError(
             f"the function cannot be traced with {sizes.other} examples instead of {sizes.size}, "
             "which is how it is found out what depends on an example alone. Write it for any batch "
-            f"size. It raised {type(errors[0]).__name__}: {errors[0]}"
+            "size, and name what is no data (a key) in live_argnums. It raised "
+            f"{type(errors[0]).__name__}: {errors[0]}"
         ) from errors[0]
 
     def _require_gain(self, split: Split, each: Sequence[str], shared: Sequence[str]) -> None:
@@ -320,6 +322,13 @@ class Hoisted:
                 "nothing can be hoisted: what the frozen parameters and the data determine is no "
                 f"more than what is given. {_report.ends(split)} Train the function itself."
             )
+
+
+def _aval(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a leaf, as jax takes it: host arrays of 64 bits become narrower ones."""
+    aval: Any = jax.typeof(leaf) if is_traced(leaf) else abstract(leaf)
+    dtype = jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(aval.shape, dtype, weak_type=bool(aval.weak_type))
 
 
 def _batch_size(avals: Sequence[Any], given: Sequence[Given]) -> int:
@@ -339,6 +348,10 @@ def _batch_size(avals: Sequence[Any], given: Sequence[Given]) -> int:
     return size
 
 
+def _may_be_key(aval: Any) -> bool:
+    return aval.dtype == jnp.uint32 and aval.shape in ((2,), (4,))
+
+
 def _with_batch(aval: Any, size: int) -> Any:
     return jax.ShapeDtypeStruct((size, *aval.shape[1:]), aval.dtype, weak_type=aval.weak_type)
 
@@ -346,8 +359,7 @@ def _with_batch(aval: Any, size: int) -> Any:
 def _kept_leaf(leaf: Leaf) -> Any:
     if not is_array_or_float(leaf):
         return leaf
-    aval = as_traced(leaf)
-    aval = jax.typeof(aval) if is_traced(aval) else aval
+    aval = _aval(leaf)
     has_batch = bool(aval.shape)
     return ArrayOf(tuple(aval.shape[1:]), has_batch, aval.dtype, bool(aval.weak_type))
 
@@ -403,8 +415,7 @@ def _hoisted_values(
     needed = [var for var in invars if var in read]
     arrays = part_of(split.jaxpr, needed, eqns, outvars)(*(values[var] for var in needed))
     return [
-        _to_rows(array, split.values[var].batch)
-        for array, var in zip(arrays, outvars, strict=True)
+        _to_rows(array, split.values[var].batch) for array, var in zip(arrays, outvars, strict=True)
     ]
 
 
@@ -433,9 +444,8 @@ def _rest(traced: _Traced, rows: Rows, leaves: Sequence[Leaf]) -> list[Any]:
         value = split.values[var]
         of_rows[var] = _from_rows(array, value.batch, var.aval.shape)
     values = dict(zip(split.jaxpr.constvars, split.consts, strict=True))
-    for var, leaf, given in zip(split.jaxpr.invars, leaves, split.given, strict=True):
-        if given.kind != "data":
-            values[var] = leaf
+    given = zip(split.jaxpr.invars, leaves, split.given, strict=True)
+    values.update((var, leaf) for var, leaf, each in given if each.kind != "data")
     values.update(of_rows)
 
     outvars = split.read(split.jaxpr.outvars)

@@ -35,8 +35,8 @@ def part_of(
         effects=effects,
     )
     # The newest versions have one class for a program with its constants and for one without.
-    has_one_class: bool = jex.core.ClosedJaxpr is jex.core.Jaxpr
-    return jex.core.jaxpr_as_fun(part if has_one_class else jex.core.ClosedJaxpr(part, []))
+    closed: Any = vars(jex.core)["ClosedJaxpr"]
+    return jex.core.jaxpr_as_fun(part if closed is jex.core.Jaxpr else closed(part, []))
 
 
 def flat(function: Callable[..., list[Any]], avals: Sequence[Any]) -> Program:

@@ -127,4 +127,4 @@ def require_rows(rows: PyTree) -> None:
 def _has_same_bits(one: Array, other: Array) -> bool:
     if one is other:
         return True
-    return np.array_equal(_bits.bits(np.asarray(one)), _bits.bits(np.asarray(other)))
+    return np.array_equal(_bits.bits(one), _bits.bits(other))

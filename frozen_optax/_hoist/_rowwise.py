@@ -151,7 +151,7 @@ def _axes_go(name: str) -> Rule:
     return rule
 
 
-def _one_other_axis(name: str, of_result: bool = False) -> Rule:
+def _one_other_axis(name: str) -> Rule:
     """Something is done along an axis; all that has axes has the examples along the same other."""
 
     def rule(step: Step) -> bool:
@@ -160,7 +160,7 @@ def _one_other_axis(name: str, of_result: bool = False) -> Rule:
             return False
         (batch,) = lie
         assert batch is not None
-        axis = step.params[name] if name in step.params else -1
+        axis = step.params.get(name, -1)
         return axis % len(step.shape_of_result) != batch.axis
 
     return rule
@@ -222,8 +222,7 @@ def _gather(step: Step) -> bool:
     if not out:
         return False
     looked_up = [i for i in range(len(step.shape_of_result)) if i not in numbers.offset_dims]
-    paired = tuple(getattr(numbers, "operand_batching_dims", ()))
-    with_pairs = tuple(getattr(numbers, "start_indices_batching_dims", ()))
+    paired, with_pairs = numbers.operand_batching_dims, numbers.start_indices_batching_dims
     if indices:
         if indices.axis == len(step.shape(1)) - 1 or indices.block != out.block:
             return False
@@ -347,33 +346,36 @@ def _have_less_axes(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]
 
 # --- the table
 
-ELEMENTWISE = frozenset(
-    (
-        "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e"
-        " bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a"
-        " igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne"
-        " neg nextafter not or polygamma population_count pow real reduce_precision"
-        " regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic"
-        " shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta"
-    ).split()
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+ELEMENTWISE = _names(
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e"
+    " bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type cos"
+    " cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a"
+    " igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne"
+    " neg nextafter not or polygamma population_count pow real reduce_precision"
+    " regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic"
+    " shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta"
 )
 
 # They return what they are given.
-_HANDED_ON = frozenset("copy copy_p device_put name optimization_barrier stop_gradient".split())
+_HANDED_ON = _names("copy copy_p device_put name optimization_barrier stop_gradient")
 
 # They put elements in other places, or leave some out, and compute nothing.
-MOVES = _HANDED_ON | frozenset(
-    (
-        "broadcast_in_dim concatenate dynamic_slice dynamic_update_slice gather iota pad reshape rev"
-        " slice split squeeze stack tile transpose unstack"
-    ).split()
+MOVES = _HANDED_ON | _names(
+    "broadcast_in_dim concatenate dynamic_slice dynamic_update_slice gather iota pad reshape rev"
+    " slice split squeeze stack tile transpose unstack"
 )
 
-REDUCTIONS = frozenset(
-    (
-        "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor"
-    ).split()
+REDUCTIONS = _names(
+    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor"
 )
+
+_CUMULATIVE = _names("cumlogsumexp cummax cummin cumprod cumsum")
+_WINDOWS = _names("reduce_window reduce_window_max reduce_window_min reduce_window_sum")
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _each_element),
@@ -397,7 +399,7 @@ RULES: Mapping[str, Rule] = {
     "unstack": _unstack,
     # Along axes.
     **dict.fromkeys(REDUCTIONS, _axes_go("axes")),
-    **dict.fromkeys("cumlogsumexp cummax cummin cumprod cumsum".split(), _one_other_axis("axis")),
+    **dict.fromkeys(_CUMULATIVE, _one_other_axis("axis")),
     "reduce": _axes_go("dimensions"),
     "sort": _one_other_axis("dimension"),
     "top_k": _one_other_axis("axis"),
@@ -405,8 +407,7 @@ RULES: Mapping[str, Rule] = {
     "conv_general_dilated": _convolution,
     "dot_general": _dot,
     "fft": _fourier,
-    **dict.fromkeys("reduce_window reduce_window_max reduce_window_min".split(), _window),
-    "reduce_window_sum": _window,
+    **dict.fromkeys(_WINDOWS, _window),
     # Programs.
     "checkpoint": _calls("jaxpr"),
     "cond": _branches,

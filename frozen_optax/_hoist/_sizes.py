@@ -19,11 +19,12 @@ from frozen_optax._hoist._programs import is_literal
 from frozen_optax._jaxprs import is_program, opened
 
 # How to differentiate, of which nothing is asked of what is not differentiated.
-_OF_DERIVATIVES = frozenset(
-    "jvp_jaxpr_fun jvp_jaxpr_thunk fwd_jaxpr_thunk bwd out_trees policy differentiated".split()
-)
+_OF_DERIVATIVES = {
+    *("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "out_trees"),
+    *("policy", "differentiated"),
+}
 # The parameters that may hold lengths of axes.
-_LENGTHS = frozenset("shape new_sizes limit_indices slice_sizes sizes length".split())
+_LENGTHS = {"shape", "new_sizes", "limit_indices", "slice_sizes", "sizes", "length"}
 
 
 class Differs(Exception):
@@ -83,7 +84,9 @@ class Sizes:
         words = list[str]()
         for name in sorted(set(one) - _OF_DERIVATIVES):
             pair = one[name], other[name]
-            words.append(f"{name}={self._lengths(*pair) if name in _LENGTHS else self._value(*pair)}")
+            words.append(
+                f"{name}={self._lengths(*pair) if name in _LENGTHS else self._value(*pair)}"
+            )
         return str(words)
 
     def _lengths(self, one: Any, other: Any) -> str:
@@ -110,11 +113,14 @@ class Sizes:
         if len(one.eqns) != len(other.eqns) or len(consts) != len(other_consts):
             raise Differs("it depends on the batch size")
         numbers: dict[Any, int] = {}
+        of_other: dict[Any, int] = {}
 
         def atom(one: Any, other: Any) -> str:
             if is_literal(one):
                 return f"{self._value(one.val, getattr(other, 'val', None))}:{one.aval.dtype}"
             number = numbers.setdefault(one, len(numbers))
+            if is_literal(other) or of_other.setdefault(other, len(of_other)) != number:
+                raise Differs("it depends on the batch size")
             return f"{number}:{self.aval(one.aval, other.aval)}"
 
         def atoms(one: Sequence[Any], other: Sequence[Any]) -> list[str]:
@@ -122,7 +128,10 @@ class Sizes:
                 raise Differs("it depends on the batch size")
             return list(map(atom, one, other))
 
-        lines = [str(atoms(one.constvars, other.constvars)), self._value([*consts], [*other_consts])]
+        lines = [
+            str(atoms(one.constvars, other.constvars)),
+            self._value([*consts], [*other_consts]),
+        ]
         lines.append(str(atoms(one.invars, other.invars)))
         for eqn, twin in zip(one.eqns, other.eqns, strict=True):
             lines.append(_same(eqn.primitive.name, twin.primitive.name))

@@ -29,6 +29,21 @@ from frozen_optax._jaxprs import (
 from frozen_optax._trees import is_mutable, is_traced
 
 _RANDOM = ("random_", "threefry", "rng_")  # how the names of primitives begin that draw numbers
+# The same, of those that call the host, or run over several devices.
+_ELSEWHERE = (
+    *(
+        "pure_callback",
+        "io_callback",
+        "ffi_call",
+        "shard_map",
+        "axis_index",
+        "psum",
+        "pmax",
+        "pmin",
+    ),
+    *("ppermute", "pbroadcast", "all_gather", "all_to_all", "ragged_all_to_all", "reduce_scatter"),
+    *("psum_scatter", "pvary"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +131,8 @@ def split(program: Program, twin: Program, given: Sequence[Given], sizes: Sizes)
     for var, mate, each in zip(jaxpr.invars, other.invars, given, strict=True):
         values[var] = _input(var.aval, mate.aval, each, sizes)
 
+    mates = dict(zip(jaxpr.invars, other.invars, strict=True))
+    mates.update(zip(jaxpr.constvars, other.constvars, strict=False))
     eqns, twins = needed(jaxpr), needed(other)
     stops = list[Stop]()
     in_step = True
@@ -124,12 +141,12 @@ def split(program: Program, twin: Program, given: Sequence[Given], sizes: Sizes)
         in_step = in_step and mate is not None and _is_mate(eqn, mate)
         operands = [_literal(a) if is_literal(a) else values[a] for a in eqn.invars]
         if in_step and mate is not None:
-            results = _results(Step(eqn, mate, sizes), operands)
+            results = _results(Step(eqn, mate, sizes), operands, _reads_the_same(eqn, mate, mates))
+            mates.update(zip(eqn.outvars, mate.outvars, strict=True))
         else:
             cause = "from here on the program is another with another batch size"
             results = _all_live(eqn, _cause_among(operands) or cause)
-        for var, value in zip(eqn.outvars, results, strict=True):
-            values[var] = value
+        values.update(zip(eqn.outvars, results, strict=True))
         if any(value.digest is None for value in results):
             stops += _stop(eqn, operands, results[0].cause if results else "it has an effect")
     return Split(jaxpr, consts, given, values, eqns, stops)
@@ -138,6 +155,16 @@ def split(program: Program, twin: Program, given: Sequence[Given], sizes: Sizes)
 def _is_mate(eqn: JaxprEqn, mate: JaxprEqn) -> bool:
     counts = [(len(each.invars), len(each.outvars)) for each in (eqn, mate)]
     return eqn.primitive is mate.primitive and counts[0] == counts[1]
+
+
+def _reads_the_same(eqn: JaxprEqn, mate: JaxprEqn, mates: Mapping[Any, Any]) -> bool:
+    """Whether each operand is the same array, or the same number, in both programs."""
+    return all(
+        is_literal(other) and _literal(one).digest == _literal(other).digest
+        if is_literal(one)
+        else mates.get(one) is other
+        for one, other in zip(eqn.invars, mate.invars, strict=True)
+    )
 
 
 def _constant(array: Any, other: Any, aval: Any) -> Value:
@@ -179,7 +206,7 @@ def _all_live(eqn: JaxprEqn, cause: str) -> list[Value]:
     return [Value(cause=cause) for _ in eqn.outvars]
 
 
-def _results(step: Step, operands: Sequence[Value]) -> list[Value]:
+def _results(step: Step, operands: Sequence[Value], reads_the_same: bool) -> list[Value]:
     """What is known of the results of an equation that both programs have."""
     eqn = step.eqn
     made_of = frozenset[str]().union(*(value.made_of for value in operands))
@@ -187,20 +214,19 @@ def _results(step: Step, operands: Sequence[Value]) -> list[Value]:
         return _all_live(eqn, cause)
     if eqn.effects or has_hidden_effects(eqn) or not all(map(only_returns, subprograms(eqn))):
         return _all_live(eqn, "it has an effect")
-    if "callback" in eqn.primitive.name or _within(eqn, ("pure_callback", "shard_map")):
+    if _within(eqn, _ELSEWHERE):
         return _all_live(eqn, "it runs on the host or over several devices")
     if "data" in made_of and _within(eqn, _RANDOM):
         return _refuse_random(eqn, step)
     name = eqn.primitive.name
     try:
+        if not reads_the_same:
+            raise Differs("it depends on the batch size")
         params = step.sizes.params(eqn.params, step.twin.params)
         pairs = zip(eqn.outvars, step.twin.outvars, strict=True)
         avals = [(one.aval, other.aval) for one, other in pairs]
         batches = [step.sizes.batch(*pair) for pair in avals]
         words = [step.sizes.aval(*pair) for pair in avals]
-        for one, other in zip(eqn.invars, step.twin.invars, strict=True):
-            if is_literal(one) and words_for(one.val) != words_for(getattr(other, "val", None)):
-                raise Differs("it depends on the batch size")
         if not keeps_apart(step):
             raise Differs("it mixes examples, or nothing is known of it")
     except Differs as difference:
@@ -239,5 +265,5 @@ def _stop(eqn: JaxprEqn, operands: Sequence[Value], cause: str) -> list[Stop]:
     if not ended:
         return []
     shape = getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
-    as_given = all(value.made_of == {"data"} for value in ended)
+    as_given = all(value.made_of == frozenset({"data"}) for value in ended)
     return [Stop(eqn.primitive.name, tuple(shape), cause, as_given)]
