@@ -10,9 +10,7 @@ their digests, and those of the frozen leaves.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
 import re
 import urllib.parse
@@ -25,6 +23,7 @@ import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._fingerprints import digests
+from frozen_optax._manifests import sealed, unsealed
 from frozen_optax._messages import quoted
 from frozen_optax._typing import Array, DType, Leaf
 
@@ -131,23 +130,13 @@ class Manifest:
             "trained": [dataclasses.asdict(entry) for entry in self.trained],
             "frozen": self.frozen,
         }
-        return body | {"sha256": _sha256(body)}
+        return sealed(body)
 
     @classmethod
     def of_json(cls, body: dict[str, Any]) -> Manifest:
         """Raises anything at all where it is none."""
-        if body["format"] != _FORMAT:
-            raise ValueError(
-                f"its format is {body['format']!r}, and this version of frozen_optax reads "
-                f"{_FORMAT!r}"
-            )
-        if body.pop("sha256") != _sha256(body):
-            raise ValueError("its manifest is not the one that was written")
+        body = unsealed(body, _FORMAT)
         return cls([Entry(**entry) for entry in body["trained"]], body["frozen"])
-
-
-def _sha256(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 # --- on disk

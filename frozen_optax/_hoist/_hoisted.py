@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from frozen_optax import _bits
 from frozen_optax._hoist import _report
+from frozen_optax._hoist._cache import Cache, build
 from frozen_optax._hoist._cut import border, equations_for, variables_of
 from frozen_optax._hoist._programs import flat, part_of
 from frozen_optax._hoist._rows import COUNT, ArrayOf, Kept, Rows, join, require_rows
@@ -188,6 +190,66 @@ class Hoisted:
           ValueError: there are none, or they are of different programs or weights.
         """
         return join(parts)
+
+    def cache(
+        self,
+        params: PyTree,
+        batches: Iterable[tuple[PyTree, ...]],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        dtype: Any = None,
+        live: Sequence[PyTree] | None = None,
+        progress: bool | None = None,
+    ) -> Cache:
+        """The rows of a whole data set, in memory or on disk: `cache[indices]` for each step.
+
+        `prepare` is compiled once and run on each batch; a smaller one is filled up for it. A cache
+        on disk is found complete the next time, or gone on with where it stopped, whenever that
+        was. It belongs to the frozen leaves, the traced program with its constants, the versions of
+        jax and jaxlib, the backend, the matmul precision, and the data: the batches are given each
+        time, and are compared with those that it was built of; it serves no other. Every block of
+        rows is compared with a checksum when a row of it is first read.
+
+        Args:
+          params: all parameters, as for `prepare`.
+          batches: an iterable of tuples of the arguments that `prepare` takes. They are of one
+            structure, and their rows are numbered in this order, across batches.
+          path: of a directory, which is made; None keeps the rows in memory. One process builds it
+            at a time, any number read it.
+          dtype: a narrower dtype that float rows are kept in, `jnp.bfloat16`, but for those of one
+            number an example. They come back in their own, and `print(cache)` says how far off.
+          live: as for `prepare`.
+          progress: whether a bar is shown; None shows it if the standard error is a terminal.
+
+        Returns:
+          A `Cache`: `cache[indices]`, `len(cache)`, `cache.check(params)`.
+
+        Raises:
+          TypeError: a batch is no tuple, or `dtype` none of floats; or as `prepare`.
+          ValueError: there are no batches; one is of another structure than the first; the cache at
+            `path` belongs to something else, and the message names what differs, or it is damaged,
+            or something else is there; a number has no place in `dtype`; or as `prepare`.
+          BlockingIOError: the cache at `path` is being built.
+          NotImplementedError: it is not complete, and the system has no `fcntl` to lock it.
+
+        Example:
+          >>> import frozen_optax as fo, jax.numpy as jnp, numpy as np, tempfile
+          >>> params = {"encoder": jnp.ones((4, 3)), "head": jnp.ones(3)}
+          >>> loss = lambda params, x: jnp.mean((x @ params["encoder"] @ params["head"]) ** 2)
+          >>> batches = [(np.ones((8, 4), np.float32),), (np.zeros((5, 4), np.float32),)]
+          >>> hoisted, path = fo.hoist(loss, "encoder"), tempfile.mkdtemp()
+          >>> cache = hoisted.cache(params, batches, path)
+          >>> float(hoisted(params, cache[np.array([0, 12])]))
+          72.0
+          >>> hoisted.cache({**params, "encoder": jnp.zeros((4, 3))}, batches, path)
+          Traceback (most recent call last):
+            ...
+          ValueError: the cache at ... belongs to something else, 1 of ... things differ:
+            the frozen leaf 'encoder': float32[4,3] ..., and the cache was built with ...
+          Give another path, or remove the directory to build the cache anew.
+        """
+        options: dict[str, Any] = {"dtype": dtype, "live": live, "progress": progress}
+        return build(self.prepare, self._selector, params, batches, path, **options)
 
     def report(self, params: PyTree, *args: PyTree) -> _report.Report:
         """What is gained by hoisting, before anything is computed: shapes are enough.
