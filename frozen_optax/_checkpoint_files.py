@@ -83,12 +83,14 @@ class Entry:
       digest: of its bits, as in a fingerprint.
       name: under which Orbax has it; none if it has no elements, which Orbax refuses.
       as_bits: whether it is there as unsigned integers.
+      is_weak: whether it was weakly typed, as `jnp.array(1.0)` is.
     """
 
     path: str
     digest: str
     name: str | None
     as_bits: bool
+    is_weak: bool = False
 
     @property
     def kind(self) -> str:
@@ -112,7 +114,9 @@ def entries_of(places: Sequence[Place]) -> list[Entry]:
         names = itertools.chain([quoted_path], numbered)
         name = next(name for name in names if name not in taken) if np.size(place.leaf) else None
         taken.add(name or "")
-        found.append(Entry(place.path, digest, name, str(_dtype(place.leaf)) not in _AS_IT_IS))
+        as_bits = str(_dtype(place.leaf)) not in _AS_IT_IS
+        is_weak = bool(getattr(place.leaf, "weak_type", False))
+        found.append(Entry(place.path, digest, name, as_bits, is_weak))
     return found
 
 
@@ -248,6 +252,10 @@ def read(manager: Any, number: int, manifest: Manifest, places: Sequence[Place])
             leaves = ocp.args.PyTreeRestore(item=dict.fromkeys(how, 0), restore_args=how)
             stored = manager.restore(number, args=ocp.args.Composite(leaves=leaves))["leaves"]
         found = [_as_asked(place.leaf, stored.get(entry.name), entry) for place, entry in pairs]
+        found = [
+            _as_weak(leaf) if entry.is_weak and isinstance(leaf, jax.Array) else leaf
+            for leaf, entry in zip(found, manifest.trained, strict=True)
+        ]
         read = digests([(place.path, leaf) for place, leaf in zip(places, found, strict=True)])
     except Exception as error:
         raise _unreadable(manager, error) from error
@@ -291,6 +299,25 @@ def _put(value: Array, asked: Leaf) -> jax.Array:
     """An array where the one that is asked for lies; anywhere if that may lie anywhere."""
     is_put = asked.committed if isinstance(asked, jax.Array) else asked.sharding is not None
     return jax.device_put(value, asked.sharding) if is_put else jnp.asarray(value)
+
+
+@jax.jit
+def _weakly_typed(value: Array) -> jax.Array:
+    for zero in map(jnp.asarray, (0, 0.0, 0j)):
+        if zero.dtype == value.dtype:
+            return jnp.broadcast_to(zero, value.shape).at[...].set(value)
+    return value  # 64-bit types are enabled now, and were not when it was saved
+
+
+def _as_weak(leaf: jax.Array) -> jax.Array:
+    """An array as one that is weakly typed, of the same bits at the same place.
+
+    One of which other processes hold a part stays as it is.
+    """
+    if not leaf.is_fully_addressable:
+        return leaf
+    made = _weakly_typed(np.asarray(leaf))
+    return jax.device_put(made, leaf.sharding) if leaf.committed else made
 
 
 def _keys(asked: Leaf, stored: Array | None) -> jax.Array:

@@ -162,7 +162,8 @@ def load_trained(
       A tree in the structure of `params`. The leaves that were frozen are those of `params`, the
       very same objects, and so is all that `where` does not name, and what is no array and no
       number. The trained ones hold the bits that were saved, each with the sharding, or as the
-      array of numpy or the Python number, that it has in `params`. None is weakly typed.
+      array of numpy or the Python number, that it has in `params`. One that was weakly typed is so
+      again, but for arrays that lie on several processes.
 
     Raises:
       FileNotFoundError: there is nothing at `path`.

@@ -111,6 +111,59 @@ def test_python_numbers_come_back_as_such(tmp_path: Any) -> None:
         assert repr(loaded[name]) == repr(number)
 
 
+WEAK = {"int": 3, "float": -0.0, "complex": complex(-0.0, 1)}
+
+
+def weak_leaves() -> dict[str, Any]:
+    """Weakly typed arrays of each kind and of several shapes, on one device and on eight."""
+    mesh = jax.make_mesh((8,), ("x",))
+    found = {}
+    for name, number in WEAK.items():
+        one = jnp.asarray(number)
+        many = jnp.broadcast_to(one, (16, 2)).at[1].set(7)
+        found |= {f"{name} 0-d": one, f"{name} 2-d": many, f"{name} empty": many[:0]}
+        found[f"{name} put"] = jax.device_put(many, jax.devices()[1])
+        for spec in (P(), P("x")):
+            found[f"{name} {spec}"] = jax.device_put(many, NamedSharding(mesh, spec))
+    return found
+
+
+def test_weak_types_are_those_that_were_saved(x64: bool, tmp_path: Any) -> None:
+    trained = weak_leaves()
+    assert all(leaf.weak_type for leaf in trained.values())
+    strong = {f"strong {name}": zeros_like(leaf) for name, leaf in trained.items()}
+    loaded = carried(tmp_path, trained | strong)
+    assert_same_bits(trained | strong, loaded)
+    for name, leaf in loaded.items():
+        assert leaf.weak_type is (name in trained), name
+        assert leaf.sharding == (trained | strong)[name].sharding
+        assert leaf.committed == (trained | strong)[name].committed
+    # What stands in its place says nothing of it, nor of what it is on the host.
+    on_host = {"float 0-d": np.float32(0), "int 0-d": jax.ShapeDtypeStruct((), jnp.int32)}
+    if not x64:
+        into = trained | strong | on_host
+        loaded = fo.load_trained(tmp_path / "saved", {"backbone": BACKBONE, "trained": into})
+        assert loaded["trained"]["int 0-d"].weak_type
+        assert type(loaded["trained"]["float 0-d"]) is np.float32
+
+
+def test_a_step_is_not_traced_anew_for_what_is_loaded(tmp_path: Any) -> None:
+    traces = []
+
+    @fo.jit(frozen="backbone")
+    def step(params: Any) -> Any:
+        traces.append(1)
+        return params | {"scale": params["scale"] * 2}
+
+    params = {"backbone": jnp.ones(2, jnp.bfloat16), "scale": jnp.asarray(0.5)}
+    params = step(params)
+    fo.save_trained(tmp_path / "scale", params, "backbone")
+    loaded = fo.load_trained(tmp_path / "scale", params)
+    assert float(step(loaded)["scale"]) == 2
+    assert (loaded["backbone"] * loaded["scale"]).dtype == jnp.bfloat16
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_keys_of_random_numbers_keep_their_kind(impl: str, tmp_path: Any) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), devices=host_devices(8))
