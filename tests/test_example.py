@@ -272,3 +272,12 @@ def test_help_says_what_the_job_is(script, told_of):
         "--quick",
     ):
         assert flag in told
+
+
+@pytest.mark.exhaustive  # it compiles the encoder many times
+def test_hoisted_losses_are_those_live_and_by_hand(example):
+    arguments = ["--texts", "8", "--epochs", "1", "--batch-size", "4", "--tokens", "8"]
+    for live, by_hand, hoisted in example("hoist_text").main(arguments).values():
+        np.testing.assert_allclose(hoisted.losses, live.losses, rtol=1e-4)
+        np.testing.assert_allclose(by_hand.losses, live.losses, rtol=1e-4)
+        assert hoisted.bytes_per_text <= 1.05 * by_hand.bytes_per_text

@@ -215,6 +215,12 @@ MIXES = {
     "window": lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2, 1), (1, 1), "SAME"),
     "tile": lambda x: jnp.tile(x, (2, 1)).reshape(x.shape[0], 2, 3)[:, 0],
     "take": lambda x: jnp.take(x, jnp.array([1, 0, 2, 3, 5, 4]), 0, mode="clip")[: len(x)],
+    "product over them": lambda x: x @ (x.T @ x),
+    "look up": lambda x: (x[jnp.zeros_like(x[:, 0], jnp.int32)] + x) @ jnp.ones((3, 3)),
+    "while": lambda x: lax.while_loop(
+        lambda carry: carry[0] < 1, lambda carry: (carry[0] + 1, carry[1][::-1]), (x.size * 0, x)
+    )[1],
+    "concatenate": lambda x: jnp.concatenate([x, -x]).reshape(len(x), 2, 3)[:, 0],
     "static branch": lambda x: jnp.sin(x) if len(x) == 6 else jnp.cos(x),
 }
 

@@ -24,7 +24,7 @@ _OF_DERIVATIVES = {
     *("policy", "differentiated"),
 }
 # The parameters that may hold lengths of axes.
-_LENGTHS = {"shape", "new_sizes", "limit_indices", "slice_sizes", "sizes", "length"}
+_LENGTHS = ("shape", "new_sizes", "limit_indices", "slice_sizes", "sizes", "length")
 
 
 class Differs(Exception):
