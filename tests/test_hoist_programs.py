@@ -139,8 +139,9 @@ def check(seed):
             rows = hoisted.prepare(params, *data)
             others = hoisted.prepare(params, *changed(data, 2))
     except ValueError as error:
-        assert "nothing can be hoisted" in str(error) or "cannot be traced with" in str(error)
-        return False
+        if "nothing can be hoisted" in str(error) or "cannot be traced with" in str(error):
+            return False
+        raise
     with jax.disable_jit():
         assert same_bits(by_equation(fun)(params, *data), hoisted(params, rows)), seed
         order = np.array([3, 0, 5, 4, 1, 2])
@@ -160,4 +161,4 @@ def test_random_programs_are_what_their_halves_are():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("first", range(12, 312, 20))
 def test_more_random_programs_are_what_their_halves_are(first):
-    assert any([check(seed) for seed in range(first, first + 20)])
+    assert sum(map(check, range(first, first + 20)))
