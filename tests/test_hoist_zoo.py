@@ -64,7 +64,9 @@ class Transformer(nn.Module):
     def __call__(self, ids, mask, deterministic=True):
         x = nn.Embed(7, 4, name="embed")(ids) + nn.Embed(5, 4, name="place")(jnp.arange(5))
         hidden = nn.LayerNorm(name="norm")(x)
-        x = x + nn.SelfAttention(2, name="attention")(hidden, mask=mask[:, None, None, :])
+        x = x + nn.MultiHeadDotProductAttention(2, name="attention")(
+            hidden, mask=mask[:, None, None, :]
+        )
         x = nn.Dropout(0.5, deterministic=deterministic)(nn.Dense(4, name="layer")(x))
         return nn.Dense(1, name="head")(x.mean(1, where=mask[..., None]))[:, 0]
 
