@@ -82,7 +82,11 @@ def _argument(leaf: Any, what: Any) -> str:
     if not isinstance(what, ArrayOf):
         return re.sub(r" at 0x[0-9a-f]+", "", f"{type(leaf).__name__} {leaf!r}")
     name = f"{what.dtype}[{','.join(map(str, what.shape))}]"
-    return f"{name} an example" if what.has_batch else f"{name} {_bits.bits(np.asarray(leaf))}"
+    return f"{name} an example" if what.has_batch else f"{name} {leaf}, {_hex(leaf)}"
+
+
+def _hex(number: Any) -> str:
+    return np.ascontiguousarray(_bits.bits(np.asarray(number))).tobytes().hex()
 
 
 def require_same(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> None:
