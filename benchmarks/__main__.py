@@ -53,7 +53,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         for name, figures in found.items():
             table.add_row(name, *map(str, figures.values()))
         console.print(table)
-    parts = (tables.models, tables.optimizers, tables.proofs, tables.fingerprints, tables.thawing)
+    parts = (tables.models, tables.optimizers, tables.proofs, tables.fingerprints)
+    parts += (tables.thawing, tables.hoisting)
     for block in parts:
         if block.__name__ in results:
             console.print(block(results), highlight=False)

@@ -76,6 +76,30 @@ def growth(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def hoisting(results: dict[str, Any], path: Path) -> None:
+    """Seconds by the number of epochs, live and from a cache; where they meet, the cache pays."""
+    found = results["hoisting"]
+    figure, grid = plt.subplots(1, len(found), figsize=(11, 4), layout="constrained")
+    epochs = range(11)
+    for axes, (trained, ways) in zip(grid, found.items(), strict=True):
+        for name, figures in ways.items():
+            begin = figures["prepare"]["median"] if figures["prepare"] else 0.0
+            total = [begin + each * figures["epoch"]["median"] for each in epochs]
+            axes.plot(epochs, total, "--" if name == "by hand" else "-", label=name)
+        live, ours = ways["live"]["epoch"]["median"], ways["fo.hoist"]["epoch"]["median"]
+        begin = ways["fo.hoist"]["prepare"]["median"]
+        meet = begin / (live - ours)
+        if meet > 0:
+            axes.plot([meet], [meet * live], "ko", label=f"pays after {meet:.1f} epochs")
+        layers = "layer" if trained == "1" else f"{trained} layers"
+        axes.set_title(f"the last {layers} of 12 trained", fontsize=10)
+        axes.set_xlabel("epochs")
+        axes.set_ylabel("seconds, preparing counted")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """All pictures that the results suffice for."""
     paths = [folder / "costs.png"]
@@ -83,4 +107,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     if any(key.startswith("share ") for key in results["sections"]):
         paths.append(folder / "growth.png")
         growth(results, paths[1])
+    if "hoisting" in results:
+        paths.append(folder / "hoisting.png")
+        hoisting(results, paths[-1])
     return paths

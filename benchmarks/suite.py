@@ -45,6 +45,7 @@ PARTS = {
     "fingerprints": "fingerprints",
     "proofs": "proofs",
     "thawing": "thawing in stages",
+    "hoisting": "the frozen part computed once",
 }
 
 

@@ -227,6 +227,27 @@ def proofs(results: dict[str, Any]) -> str:
     )
 
 
+def hoisting(results: dict[str, Any]) -> str:
+    """What epochs take from a cache, made by hand or by `fo.hoist`, beside live ones."""
+    titles = {"live": "live", "by hand": "cached by hand", "fo.hoist": "`fo.hoist`"}
+    rows = []
+    for trained, found in results["hoisting"].items():
+        live = _median(found["live"]["epoch"])
+        for name, title in titles.items():
+            figures = found[name]
+            prepare = _median(figures["prepare"]) if figures["prepare"] else 0.0
+            epoch = _median(figures["epoch"])
+            ten = prepare + 10 * epoch
+            what = f"the last {trained} of 12" if int(trained) > 1 else "the last of 12"
+            each = [f"{prepare * 1e3:.0f} ms", f"{epoch * 1e3:.0f} ms"]
+            faster = f"{10 * live / ten:.1f} times"
+            breaks = f"{prepare / (live - epoch):.1f}" if name != "live" else "-"
+            kept = f"{figures['bytes']:,}" if name != "live" else "-"
+            rows.append([what, title, *each, faster, breaks, kept])
+    head = ["layers trained", "", "preparing", "an epoch", "ten epochs, as fast as live"]
+    return _markdown([*head, "pays after epochs", "bytes an example"], rows)
+
+
 def accelerator(results: dict[str, Any]) -> str:
     """What a step costs on an accelerator: by the leaf, by the byte, and donated."""
     found = results["accelerator"]
@@ -295,6 +316,7 @@ BLOCKS = {
         proofs,
         fingerprints,
         thawing,
+        hoisting,
         accelerator,
         environment,
     )
