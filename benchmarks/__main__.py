@@ -53,7 +53,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         for name, figures in found.items():
             table.add_row(name, *map(str, figures.values()))
         console.print(table)
-    for block in (tables.models, tables.optimizers, tables.proofs, tables.fingerprints):
+    blocks = (tables.models, tables.optimizers, tables.proofs, tables.fingerprints)
+    for block in (*blocks, tables.cached_rows):
         if block.__name__ in results:
             console.print(block(results), highlight=False)
 

@@ -11,11 +11,11 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from frozen_optax import _bits
@@ -67,7 +67,7 @@ def _environment(leaves: Sequence[Any]) -> dict[str, str]:
     config = jax.config
     return {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,  # pyright: ignore[reportPrivateImportUsage]
+        "jaxlib": metadata.version("jaxlib"),
         "the backend": device.platform,
         "the device": f"{device.device_kind}{machine}",
         "jax_default_matmul_precision": str(config.jax_default_matmul_precision),
