@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,6 +165,23 @@ def test_live_arguments_are_left_out(tmp_path: Path):
         key = jax.random.key(seed)
         value = hoisted(PARAMS, cache[10:18], key)
         np.testing.assert_allclose(value, function(PARAMS, X[10:18], key, Y[10:18]), rtol=1e-6)
+
+
+def test_modules_and_abstract_trained_leaves(tmp_path: Path):
+    keys = jax.random.split(jax.random.key(0))
+    mlp, head = eqx.nn.MLP(4, 8, 8, 1, key=keys[0]), eqx.nn.Linear(8, 1, key=keys[1])
+    model = {"encoder": mlp, "head": head}  # leaves that are functions among the frozen ones
+
+    def function(model: Any, x: Any) -> Any:
+        return jnp.mean(jax.vmap(lambda each: model["head"](model["encoder"](each)))(x) ** 2)
+
+    hoisted = fo.hoist(function, "encoder")
+    abstract = {**model, "head": jax.eval_shape(lambda: head)}
+    data = [(x,) for x, _ in batches()]
+    built = hoisted.cache(abstract, data, tmp_path)
+    assert same(hoisted.cache(model, data, tmp_path)[:], built[:])
+    value = hoisted(model, built[[3, 1]])
+    np.testing.assert_allclose(value, function(model, X[[3, 1]]), rtol=1e-5)
 
 
 # --- training
