@@ -53,9 +53,9 @@ def show(results: dict[str, Any], console: Console) -> None:
         for name, figures in found.items():
             table.add_row(name, *map(str, figures.values()))
         console.print(table)
-    parts = (tables.models, tables.optimizers, tables.proofs, tables.fingerprints)
-    parts += (tables.thawing, tables.hoisting)
-    for block in parts:
+    blocks = (tables.models, tables.optimizers, tables.proofs, tables.fingerprints)
+    blocks += (tables.thawing, tables.hoisting, tables.cached_rows)
+    for block in blocks:
         if block.__name__ in results:
             console.print(block(results), highlight=False)
 

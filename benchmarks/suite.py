@@ -43,6 +43,7 @@ PARTS = {
     "models": "models of 70 and 671 billion weights, compiled ahead of time",
     "claims": "every optimizer, step by step",
     "fingerprints": "fingerprints",
+    "cached_rows": "rows of a cache",
     "proofs": "proofs",
     "thawing": "thawing in stages",
     "hoisting": "the frozen part computed once",

@@ -216,6 +216,17 @@ def fingerprints(results: dict[str, Any]) -> str:
     return _markdown(["", "`fo.fingerprint` of 100 MB", "ratio to `jnp.sum`"], rows)
 
 
+def cached_rows(results: dict[str, Any]) -> str:
+    """What rows of a cache take beside numpy's indexing of the memory-mapped file."""
+    rows = []
+    for width, sizes in results["cached_rows"].items():
+        for size, each in sizes.items():
+            ours, raw = _median(each["cache"]), _median(each["memmap"])
+            what = f"{size} rows of {int(width) / 1e3:.1f} KB"
+            rows.append([what, f"{ours * 1e6:.0f} microseconds", shown(ours / raw)])
+    return _markdown(["", "`cache[indices]`", "ratio to `numpy.memmap`"], rows)
+
+
 def proofs(results: dict[str, Any]) -> str:
     """What proofs take beside tracing what they are about."""
     rows = [
@@ -317,6 +328,7 @@ BLOCKS = {
         fingerprints,
         thawing,
         hoisting,
+        cached_rows,
         accelerator,
         environment,
     )

@@ -7,11 +7,11 @@ block by block, as they are read.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def _environment(leaves: Sequence[Any]) -> dict[str, str]:
     config = jax.config
     return {
         "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
+        "jaxlib": metadata.version("jaxlib"),
         "the backend": device.platform,
         "the device": f"{device.device_kind}{machine}",
         "jax_default_matmul_precision": str(config.jax_default_matmul_precision),

@@ -213,7 +213,8 @@ class Hoisted:
         Args:
           params: all parameters, as for `prepare`.
           batches: an iterable of tuples of the arguments that `prepare` takes. They are of one
-            structure, and their rows are numbered in this order, across batches.
+            structure, none has more examples than the first, and their rows are numbered in this
+            order, across batches.
           path: of a directory, which is made; None keeps the rows in memory. One process builds it
             at a time, any number read it.
           dtype: a narrower dtype that float rows are kept in, `jnp.bfloat16`, but for those of one

@@ -91,10 +91,11 @@ class Preparation:
                 )
         arrays = [leaf for leaf in leaves if _has_batch(leaf)]
         sizes = sorted({len(array) for array in arrays})
-        if len(sizes) > 1 or sizes[0] < 1:
+        if len(sizes) > 1 or not 0 < sizes[0] <= self.size:
             raise ValueError(
-                f"the arguments of batch {number} have {' and '.join(map(str, sizes))} examples. "
-                "The first axis of each array counts examples, of which there is one at least."
+                f"the arguments of batch {number} have {' and '.join(map(str, sizes))} examples, "
+                f"expected 1 to {self.size}. The first axis of each array counts examples; no "
+                "batch is empty, or larger than the first."
             )
         return arrays
 
@@ -107,9 +108,10 @@ class Preparation:
         return self._each(self.frozen, [self._filled_up(leaf) for leaf in _data(batch)])
 
     def _filled_up(self, leaf: Leaf) -> Leaf:
-        if not _has_batch(leaf) or len(leaf) >= self.size:
-            return leaf
-        return leaf[np.minimum(np.arange(self.size), len(leaf) - 1)]
+        if _has_batch(leaf) and len(leaf) < self.size:
+            return leaf[np.minimum(np.arange(self.size), len(leaf) - 1)]
+        # A loader may write the next batch into the same array, while this one is computed with.
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def _require_tuple(number: int, batch: Any) -> None:
