@@ -109,8 +109,11 @@ def assert_exact(
     some = jax.tree.map(lambda leaf: leaf[picked] if np.ndim(leaf) else leaf, data)
     value_and_grad = lambda fun: fo.value_and_grad(lambda part: fun(fo.combine(part, rest)), False)
     part, rest = fo.partition(params, frozen)
-    before = jax.jit(value_and_grad(lambda params: fun(params, *arguments(some))))(part)
-    after = jax.jit(value_and_grad(lambda params: hoisted(params, compiled[picked], *live)))(part)
+    live_step = jax.jit(value_and_grad(lambda params: fun(params, *arguments(some))))
+    hoisted_step = jax.jit(value_and_grad(lambda params: hoisted(params, compiled[picked], *live)))
+    with jax.default_matmul_precision("float32"):  # a GPU multiplies fewer bits by default
+        compiled = prepare(*data)
+        before, after = live_step(part), hoisted_step(part)
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
     return report

@@ -116,13 +116,13 @@ WEAK = {"int": 3, "float": -0.0, "complex": complex(-0.0, 1)}
 
 def weak_leaves() -> dict[str, Any]:
     """Weakly typed arrays of each kind and of several shapes, on one device and on eight."""
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), devices=host_devices(8))
     found = {}
     for name, number in WEAK.items():
         one = jnp.asarray(number)
         many = jnp.broadcast_to(one, (16, 2)).at[1].set(7)
         found |= {f"{name} 0-d": one, f"{name} 2-d": many, f"{name} empty": many[:0]}
-        found[f"{name} put"] = jax.device_put(many, jax.devices()[1])
+        found[f"{name} put"] = jax.device_put(many, host_devices()[1])
         for spec in (P(), P("x")):
             found[f"{name} {spec}"] = jax.device_put(many, NamedSharding(mesh, spec))
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import host_bits
+from helpers import host_bits, host_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import frozen_optax as fo
@@ -355,7 +355,7 @@ def test_a_summary_counts_elements():
     assert report.trained.parameters == 12
     assert report.memory.optimizer_state == 2 * 4 * 12 + 4
     assert report.memory.gradients == 4 * (24 + 6)  # jax makes that of a leaf whole
-    mesh = Mesh(np.array(jax.devices()[:8]), "x")
+    mesh = Mesh(np.array(host_devices(8)), "x")
     split = jax.device_put(params["embed"], NamedSharding(mesh, PartitionSpec("x")))
     sharded = fo.summary(params | {"embed": split}, tx, optax.adam(1e-3))
     assert sharded.memory_per_device.optimizer_state == 2 * 4 * 12 + 4

@@ -119,15 +119,21 @@ def make_step(loss, tx=TX):
     return step
 
 
+@pytest.fixture(autouse=True)
+def on_the_host():
+    """All of it on the devices that there are eight of, which round alike."""
+    with jax.default_device(host_devices(1)[0]):
+        yield
+
+
 @functools.cache
 def on_one_device():
     """What two steps on one device end with, and the fingerprint of what is frozen."""
-    with jax.default_device(host_devices(1)[0]):
-        params, step = make_params(), fo.jit(make_step(make_loss()), frozen=TX)
-        state = TX.init(params)
-        for _ in range(2):
-            params, state, value = step(params, state, *make_batch())
-        return params, float(value), fo.fingerprint(params, TX)
+    params, step = make_params(), fo.jit(make_step(make_loss()), frozen=TX)
+    state = TX.init(params)
+    for _ in range(2):
+        params, state, value = step(params, state, *make_batch())
+    return params, float(value), fo.fingerprint(params, TX)
 
 
 def frozen_and_trained(tree):
