@@ -338,8 +338,8 @@ BLOCKS = {
 def fill(text: str, results: dict[str, Any]) -> str:
     """A text with what is between two marks, `<!-- name -->` and `<!-- end -->`, made anew."""
     for name, block in BLOCKS.items():
-        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, mark, rest = text.partition(start)
         if mark:
-            text = before + start + "\n" + block(results) + "\n" + end + rest.partition(end)[2]
+            text = before + start + "\n" + block(results) + "\n\n" + end + rest.partition(end)[2]
     return text

@@ -268,5 +268,7 @@ def test_the_pages_hold_the_figures_of_the_last_full_run():
         assert block(results) in page
         emptied = page.replace(block(results), "")
         assert tables.fill(emptied, results) == page
+        bare = page.replace(f"\n{block(results)}\n\n", "")  # two marks and nothing between them
+        assert tables.fill(bare, results) == page
     marks = {mark for page in pages for mark in re.findall("<!-- (.*) -->", page)}
     assert marks == {*tables.BLOCKS, "end"}
