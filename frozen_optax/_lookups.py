@@ -23,19 +23,31 @@ from frozen_optax._trees import is_inexact_array
 from frozen_optax._typing import Array, DType, Leaf, PyTree
 
 
+class _Table(NamedTuple):
+    """A table in a linear program, as it was given or cast.
+
+    Attributes:
+      place: which input of the program it is made of.
+      of: the variable that it is cast from; None as it was given.
+      dtype: what it is cast to; None as it was given.
+    """
+
+    place: int
+    of: Any
+    dtype: DType | None
+
+
 class _Lookup(NamedTuple):
     """A look-up of rows of a table, in a linear program.
 
     Attributes:
-      table: which input of the program is the table.
-      dtype: that of the table where it is looked up.
+      table: the variable that holds the table, as it is or cast.
       indices: the variable that holds the indices.
       result: the variable that holds the rows.
       params: of the gather.
     """
 
-    table: int
-    dtype: DType
+    table: Any
     indices: Any
     result: Any
     params: dict[str, Any]
@@ -74,41 +86,57 @@ def _takes_rows(params: dict[str, Any], shape: tuple[int, ...]) -> bool:
     return is_of_rows and tuple(params["slice_sizes"]) == (1, *shape[1:])
 
 
-def _lookups(jaxpr: Jaxpr, tables: dict[Any, tuple[int, DType]]) -> list[_Lookup]:
-    """The look-ups in some inputs of a program, by indices that are constants of it."""
-    constants, found, tables = set(jaxpr.constvars), [], dict(tables)
+def _lookups(jaxpr: Jaxpr, parts: Sequence[Part | None]) -> tuple[dict[Any, _Table], list[_Lookup]]:
+    """The inputs of a program of which rows train, and the look-ups in them.
+
+    By indices that are constants of the program.
+    """
+    tables: dict[Any, _Table] = {
+        variable: _Table(place, None, None)
+        for place, (variable, part) in enumerate(zip(jaxpr.invars, parts, strict=True))
+        if part is not None and trains_rows(part)
+    }
+    constants, found = set(jaxpr.constvars), list[_Lookup]()
     is_variable = lambda atom: not isinstance(atom, jex.core.Literal)
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "convert_element_type" and is_variable(eqn.invars[0]):
-            if eqn.invars[0] in tables:
-                table, _ = tables[eqn.invars[0]]
-                tables[eqn.outvars[0]] = table, eqn.params["new_dtype"]
+            (source,), (cast,) = eqn.invars, eqn.outvars
+            if source in tables:
+                tables[cast] = _Table(tables[source].place, source, eqn.params["new_dtype"])
             continue
         gather = _gather(eqn)
         if gather is None or not all(map(is_variable, gather[:2])):
             continue
         table, indices, params = gather
         if table in tables and indices in constants and _takes_rows(params, table.aval.shape):
-            found.append(_Lookup(*tables[table], indices, eqn.outvars[0], params))
-    return found
+            found.append(_Lookup(table, indices, eqn.outvars[0], params))
+    return tables, found
+
+
+def _places(part: Part, indices: Array, is_clipped: bool) -> Array:
+    """Where the rows of some indices are among those that train, their number for all others.
+
+    Indices of a narrow dtype need not reach the end of the table, nor those of a wide one fit into
+    32 bits, so they are clipped to the table as they are.
+    """
+    last = min(len(part.frozen) - 1, int(jnp.iinfo(indices.dtype).max))
+    clipped = jnp.clip(indices, 0, last)
+    is_there = True if is_clipped else indices == clipped
+    at, count = clipped.astype(np.int32), part.trained_shape[0]
+    (trained,) = np.nonzero(~part.frozen)
+    first = int(trained[0])
+    if trained[-1] - first + 1 == count:
+        return jnp.where(is_there & (at >= first) & (at < first + count), at - first, count)
+    place_of = np.full(len(part.frozen), count, np.int32)
+    place_of[trained] = np.arange(count)
+    return jnp.where(is_there, jnp.asarray(place_of)[at], count)
 
 
 def _look_up(part: Part, rows: Array, lookup: _Lookup, indices: Array) -> Array:
     """What the table would give that has these rows, and zeros for all others."""
-    count = rows.shape[0]
-    if lookup.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-        indices = jnp.clip(indices, 0, len(part.frozen) - 1)
-    (at,) = np.nonzero(~part.frozen)
-    if at[-1] - at[0] + 1 == count:
-        is_there = (indices >= int(at[0])) & (indices <= int(at[-1]))
-        places = jnp.where(is_there, indices - int(at[0]), count)
-    else:
-        place_of = np.full(len(part.frozen), count, np.int32)
-        place_of[at] = np.arange(count)
-        places = jnp.asarray(place_of).at[indices].get(mode="fill", fill_value=count)
     return jax.lax.gather(
-        jax.lax.convert_element_type(rows, lookup.dtype),
-        places,
+        rows,
+        _places(part, indices, lookup.params["mode"] == jax.lax.GatherScatterMode.CLIP),
         lookup.params["dimension_numbers"],
         slice_sizes=lookup.params["slice_sizes"],
         mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
@@ -143,12 +171,7 @@ def value_and_grad_of_rows(
     except TypeError:  # a function with a backward pass of the user's own
         return None
     jaxpr, constants = opened(program)
-    tables: dict[Any, tuple[int, DType]] = {
-        variable: (index, leaves[index].dtype)
-        for index, (variable, part) in enumerate(zip(jaxpr.invars, parts, strict=True))
-        if part is not None and trains_rows(part)
-    }
-    found = _lookups(jaxpr, tables)
+    tables, found = _lookups(jaxpr, parts)
     results = {lookup.result for lookup in found}
     rest = jaxpr.replace(
         invars=[*jaxpr.invars, *(lookup.result for lookup in found)],
@@ -171,12 +194,17 @@ def value_and_grad_of_rows(
                 whole.append(part.put(tangent, _bits.known_zero(leaf)))
             else:  # nothing reads it any more
                 whole.append(jnp.zeros(leaf.shape, leaf.dtype))
+        # Cast once, as the table is: what flows back is summed, and rounded, in the same dtypes.
+        rows: dict[Any, Leaf] = {}
+        for variable, table in tables.items():
+            cast = lambda table=table: jax.lax.convert_element_type(rows[table.of], table.dtype)
+            rows[variable] = tangents[table.place] if table.of is None else cast()
         looked_up: list[Leaf] = []
         for lookup in found:
-            part = parts[lookup.table]
+            part = parts[tables[lookup.table].place]
             assert part is not None  # as of every table
             indices = constant_of[lookup.indices]
-            looked_up.append(_look_up(part, tangents[lookup.table], lookup, indices))
+            looked_up.append(_look_up(part, rows[lookup.table], lookup, indices))
         return run(*whole, *looked_up)[0]
 
     taken = [

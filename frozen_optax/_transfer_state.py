@@ -102,6 +102,10 @@ def transfer_state(old: PyTree, new: PyTree, *, may_be_empty: bool = False) -> P
     One thing it cannot mend: a count that several groups share is carried, so a leaf that is thawed
     has new moments and an old count. `stages` gives each group a count of its own.
 
+    And one that it cannot see: a state does not know which elements of a leaf it is of. Where
+    `with_frozen(elements=)` freezes as many rows as before, but others, moments of rows would be
+    carried to other rows. Begin with `new` there, or take that leaf's out of `old`.
+
     Args:
       old: the state so far. None gives `new`, for a loop that begins.
       new: a fresh state, `tx.init(params)`.

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import host_bits
 
 import frozen_optax as fo
 
@@ -88,6 +89,70 @@ def test_op_by_op_the_gradient_is_that_of_jax(loss, part):
     for name in params:
         close = {"rtol": 1e-2 if loss is LOSSES["narrow"] else 1e-4, "atol": 1e-5}
         np.testing.assert_allclose(compiled[name], ours[name], **close)
+
+
+MANY = 300  # more rows than 8 bits count
+MODES = jax.lax.GatherScatterMode
+MODES = {"clip": MODES.CLIP, "fill": MODES.FILL_OR_DROP, "promised": MODES.PROMISE_IN_BOUNDS}
+
+
+def same_gradient(loss, table, frozen, same_loss=None):
+    """Of rows that train, op by op, the bits of jax's gradient."""
+    tx = fo.with_frozen(optax.sgd(0.1), elements={"table": frozen})
+    ours = fo.grad(loss, tx)({"table": table})["table"]
+    expected = jax.grad(same_loss or loss)({"table": table})["table"]
+    pair = (host_bits(np.asarray(each)[~frozen]) for each in (ours, expected))
+    np.testing.assert_array_equal(*pair)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.int32, jnp.uint32])
+def test_indices_of_each_dtype_out_of_range_or_not(dtype, mode):
+    """A gather as it is: an index from the end, or behind it, is out of range."""
+    ends = jnp.iinfo(dtype)
+    near = [0, 1, 4, 5, 7, 7, 14, 98, 126, 127, 128, 254, 255, 293, 294, 296, 298, 299]
+    out = [300, 301, 1000, 2**31 - 1, 2**31, 2**32 - 1]
+    out += [-1, -2, -6, -7, -299, -300, -301, -(2**31)]
+    asked = near if mode == "promised" else near + out
+    asked = [i for i in asked if ends.min <= i <= ends.max]
+    # The oldest jax loses the gradient of unsigned ones that it clips.
+    clipped = jnp.asarray(
+        np.clip(asked, 0, MANY - 1) if mode == "clip" else asked,
+        jnp.int16 if mode == "clip" else dtype,
+    )
+    indices = jnp.asarray(asked, dtype)
+    weights = jnp.arange(1.0, 1 + len(asked))
+    numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0,))
+
+    def loss(params, indices=indices):
+        at = indices[:, None]
+        rows = jax.lax.gather(params["table"], at, numbers, (1, 2), mode=MODES[mode])
+        return jnp.sum(weights[:, None] * jnp.sin(jnp.nan_to_num(rows)))
+
+    at = np.arange(MANY)
+    for frozen in (at < 290, at >= 5, (at < 5) | (at > 297), at % 7 != 0, at % 7 == 0):
+        table = jax.random.normal(jax.random.key(0), (MANY, 2))
+        same_gradient(loss, table, frozen, lambda params: loss(params, clipped))
+
+
+CASTS = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("first", CASTS)
+@pytest.mark.parametrize("second", CASTS)
+def test_casts_before_a_look_up_round_as_they_do_in_jax(first, second, part):
+    weights = jnp.arange(1.0, 1 + TOKENS.size).reshape(*TOKENS.shape, 1) / 3
+
+    def loss(params):
+        once = params["table"].astype(first)
+        twice = once.astype(second)
+        tables = [once, twice, once] if jnp.finfo(first).bits > 8 else [twice, twice]
+        rows = [table[TOKENS].astype(jnp.float32) for table in tables]
+        return sum(jnp.sum(weights * jnp.sin(each)) for each in rows)
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        same_gradient(loss, make_params()["table"].astype(dtype), PARTS[part])
 
 
 def test_auxiliary_data_and_several_arguments_are_as_in_jax():

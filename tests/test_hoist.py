@@ -417,3 +417,27 @@ def test_a_value_of_an_outer_transformation_is_live():
     np.testing.assert_allclose(slope, loss(PARAMS, X, Y), rtol=1e-6)
     many = jax.vmap(outer)(jnp.arange(3.0))
     np.testing.assert_allclose(many, jnp.arange(3.0) * loss(PARAMS, X, Y), rtol=1e-6)
+
+
+def test_arguments_that_are_equal_and_no_arrays_are_told_by_kind():
+    """`1 == True`, and one program may be compiled for either."""
+    scale = lambda said: 1.0 if isinstance(said, bool) else 100.0
+    of = lambda params, x, said: jnp.sum(x @ params["enc"] @ params["head"]) * scale(said)
+    params = {"enc": jnp.ones((4, 3)), "head": jnp.ones(3)}
+    hoisted, x = fo.hoist(of, "enc"), jnp.ones((6, 4))
+    rows = [hoisted.prepare(params, x, said) for said in (1, True)]
+    step = jax.jit(hoisted)
+    assert [float(step(params, each)) for each in rows] == [7200.0, 72.0]
+    with pytest.raises(ValueError, match="another program"):
+        hoisted.join(rows)
+
+
+@pytest.mark.parametrize("index", [6, -7, 100])
+def test_a_row_that_is_not_there_is_an_error_of_its_index(index):
+    loss = lambda params, x: jnp.sum(x @ params["enc"] @ params["head"])
+    params = {"enc": jnp.ones((4, 3)), "head": jnp.ones(3)}
+    rows = fo.hoist(loss, "enc").prepare(params, jnp.ones((6, 4)))
+    for indices in (np.array([0, index]), [0, index]):
+        with pytest.raises(IndexError):
+            rows[indices]
+    assert len(rows[np.array([5, -6, 5])]) == 3

@@ -16,7 +16,7 @@ from frozen_optax._hoist import _report
 from frozen_optax._hoist._cache import Cache, build
 from frozen_optax._hoist._cut import border, equations_for, variables_of
 from frozen_optax._hoist._programs import flat, part_of
-from frozen_optax._hoist._rows import COUNT, ArrayOf, Kept, Rows, join, require_rows
+from frozen_optax._hoist._rows import COUNT, ArrayOf, Kept, Rows, Said, join, require_rows
 from frozen_optax._hoist._sizes import Batch, Sizes
 from frozen_optax._hoist._split import Given, Split, split
 from frozen_optax._messages import quoted
@@ -142,7 +142,9 @@ class Hoisted:
         if len(sizes) != 1:
             raise ValueError(f"the arrays of the rows have different lengths: {sorted(sizes)}.")
         size = sizes.pop()
-        leaves = [each.at(size) if isinstance(each, ArrayOf) else each for each in rows.kept.leaves]
+        leaves = [
+            each.at(size) if isinstance(each, ArrayOf) else each.value for each in rows.kept.leaves
+        ]
         args = self._in_order(jax.tree.unflatten(rows.kept.treedef, leaves), live_args)
         inputs, makes, given = self._inputs(params, args)
         self._guard(inputs, given)
@@ -419,9 +421,9 @@ def _with_batch(aval: Any, size: int) -> Any:
     return jax.ShapeDtypeStruct((size, *aval.shape[1:]), aval.dtype, weak_type=aval.weak_type)
 
 
-def _kept_leaf(leaf: Leaf) -> Any:
+def _kept_leaf(leaf: Leaf) -> ArrayOf | Said:
     if not is_array_or_float(leaf):
-        return leaf
+        return Said.of(leaf)
     aval = _aval(leaf)
     has_batch = bool(aval.shape)
     return ArrayOf(tuple(aval.shape[1:]), has_batch, aval.dtype, bool(aval.weak_type))

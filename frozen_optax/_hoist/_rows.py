@@ -33,6 +33,19 @@ class ArrayOf:
 
 
 @dataclasses.dataclass(frozen=True)
+class Said:
+    """A leaf of an argument that is no array, a part of the program: `1` is another than `True`."""
+
+    value: Any
+    kind: type
+
+    @classmethod
+    def of(cls, value: Any) -> Said:
+        """It, as it was given."""
+        return cls(value, type(value))
+
+
+@dataclasses.dataclass(frozen=True)
 class Kept:
     """What rows hold and where it comes from: static, a part of their structure.
 
@@ -40,13 +53,13 @@ class Kept:
       each: the digests of what an example's row holds.
       shared: those of what all examples share.
       treedef: the structure of the arguments that the rows stand for.
-      leaves: their leaves: an `ArrayOf`, or what was given where that is no array.
+      leaves: their leaves: an `ArrayOf`, or what was `Said` where that is no array.
     """
 
     each: tuple[str, ...]
     shared: tuple[str, ...]
     treedef: TreeDef
-    leaves: tuple[Any, ...]
+    leaves: tuple[ArrayOf | Said, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +69,8 @@ class Rows:
 
     It is a pytree of arrays, so `jax.device_get(rows)` holds it on the host, and it may be passed
     to a compiled function. `len(rows)` is the number of examples, and `rows[indices]` those at some
-    indices (an array of integers, or a slice), as of an array.
+    indices (an array of integers, or a slice), as of an array. Of indices on the host it is an
+    `IndexError` that there is no such row; those on a device are clipped, as jax does.
 
     Attributes:
       each: arrays whose first axis counts examples.
@@ -77,6 +91,8 @@ class Rows:
                 f"rows are taken by an array of indices or a slice, found {indices!r}. For a "
                 "single example, rows[i : i + 1]."
             )
+        if isinstance(indices, (np.ndarray, list, tuple)):
+            _require_within(np.asarray(indices), len(self))
         return dataclasses.replace(self, each=tuple(array[indices] for array in self.each))
 
     @property
@@ -113,6 +129,15 @@ def join(parts: Sequence[Rows]) -> Rows:
     concatenate = np.concatenate if isinstance(first.each[0], np.ndarray) else jnp.concatenate
     each = tuple(concatenate(arrays) for arrays in zip(*(part.each for part in parts), strict=True))
     return dataclasses.replace(first, each=each)
+
+
+def _require_within(indices: np.ndarray, count: int) -> None:
+    """Raise where there is no such row: an array of jax would give the one at its end."""
+    if indices.dtype.kind not in "iu":
+        return
+    outside = indices[(indices < -count) | (indices >= count)]
+    if outside.size:
+        raise IndexError(f"there is no row {int(outside[0])}: there are {count}.")
 
 
 def require_rows(rows: PyTree) -> None:
