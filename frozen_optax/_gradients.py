@@ -27,6 +27,7 @@ from frozen_optax._variables import refuse_changed
 
 # The collection of fp8's scales and histories, as `flax.linen.fp8_ops` calls it.
 _OVERWRITTEN = "_overwrite_with_gradient"
+_OF_MODULES = "Of a module take nnx.value_and_grad, whose gradients with_frozen takes, too."
 
 
 def _gradient(
@@ -167,7 +168,7 @@ def value_and_grad(
             before = [jax.tree.leaves(whole[place]) for place in at]
             result = fun(*whole, **kwargs)
             for place, each in zip(at, before, strict=True):
-                refuse_changed(each, whole[place])
+                refuse_changed(each, whole[place], _OF_MODULES)
             return result
 
         parts = [

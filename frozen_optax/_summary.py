@@ -232,7 +232,8 @@ def _memory(
         _bits.refuse_untrainable(resolution, specs)
         selector, of_state = said[0], trained
         if resolution.parts:  # each device holds state for all that trains of such a leaf
-            selector = by_mask(resolution.unflatten(resolution.selected))
+            whole = resolution.unflatten(resolution.selected)
+            selector = by_mask(whole if any(resolution.selected) else False)
             of_state = resolution.of_leaves.rest(_trained_specs(resolution, specs))
         # Integers are counted, whether or not it makes sense to train them.
         tx = with_frozen(optimizer, selector, allow_int=True)
@@ -315,8 +316,8 @@ def summary(
       frozen: the leaves that are frozen: a glob on their paths (`"encoder"`), a compiled regex, a
         `Selector`, a list of these, a predicate `(path, leaf) -> bool`, a bool, a pytree of bools,
         or the optimizer that `with_frozen` returned.
-      optimizer: the optimizer that you would wrap, bare: `optax.adamw(1e-3)`. What `with_frozen`
-        already wraps keeps no state for what is frozen, so both columns are the same.
+      optimizer: the optimizer that is wrapped, `optax.adamw(1e-3)`, or what `with_frozen` returned,
+        of which it is taken.
       trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given.
       depth: how often the tree branches before subtrees become rows, however uniform they are. 1
         shows the top-level modules, 0 a wholly frozen tree as a single row, a large number each
@@ -364,6 +365,7 @@ def summary(
       71684
     """
     said = frozen_in_part(frozen, trainable)
+    optimizer = getattr(optimizer, "inner", None) or optimizer
     resolution = lay(*said, params)
     leaves = jax.tree.leaves(params)
     _refuse_symbolic(resolution.paths, leaves)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import jax
 
@@ -38,22 +38,25 @@ def refuse_live(before: PyTree, after: PyTree) -> None:
             )
 
 
-def refuse_changed(leaves: Sequence[Leaf], tree: PyTree) -> None:
+def refuse_changed(
+    leaves: Sequence[Leaf], tree: PyTree, instead: str, returned: Container[int] = ()
+) -> None:
     """Raise where a function has put other values into the NNX Variables of its argument.
 
     Args:
       leaves: those of the argument, before.
       tree: the argument, after.
+      instead: what to do.
+      returned: the ids of leaves that the function gives back, which may be there.
     """
     if next(_variables(tree), None) is None:
         return
     for path, before, after in zip(paths_of(tree), leaves, jax.tree.leaves(tree), strict=True):
-        if before is not after:
+        if before is not after and id(after) not in returned:
             raise ValueError(
-                f"the function has changed the nnx.Variable at {path!r} in place, and a gradient "
-                "gives that back nowhere: counts of random numbers and statistics would stand "
-                "still. Of a module take nnx.value_and_grad, whose gradients with_frozen takes, "
-                "too."
+                f"the function has changed the nnx.Variable at {path!r} in place, and nothing "
+                "gives that back here: counts of random numbers and statistics would stand still. "
+                f"{instead}"
             )
 
 

@@ -129,10 +129,12 @@ class FrozenOptimizer(optax.GradientTransformationExtraArgs):
       frozen: the `Selector` of the frozen leaves. A copy that was put together from `init` and
         `update` has none.
       elements: what is frozen within leaves, None if nothing is.
+      inner: the optimizer that it wraps.
     """
 
     frozen: Selector
     elements: Elements | None = None
+    inner: optax.GradientTransformation
 
 
 def with_frozen(
@@ -321,4 +323,5 @@ def with_frozen(
     transformation = FrozenOptimizer(init_fn, update_fn)
     transformation.frozen = selector
     transformation.elements = of_elements
+    transformation.inner = optimizer
     return transformation

@@ -26,8 +26,13 @@ from frozen_optax._selectors import Selector, resolve
 from frozen_optax._signature import as_list
 from frozen_optax._trees import is_traced
 from frozen_optax._typing import Frozen, Leaf, PyTree
+from frozen_optax._variables import refuse_changed
 
 _COMPUTED = object()  # stands for a leaf that the program returns
+_OF_MODULES = (
+    "Split the module, name what changes in live_argnums, merge it inside, and return what it has "
+    "become: docs/hoisting.md has the step."
+)
 
 
 def hoist(
@@ -340,15 +345,20 @@ class Hoisted:
         returned: list[Any] = []
 
         def function(*values: Any) -> list[Any]:
-            leaves, treedef = jax.tree.flatten(self._fun(*(make(values) for make in makes)))
+            args = [make(values) for make in makes]
+            before = list(map(jax.tree.leaves, args))
+            leaves, treedef = jax.tree.flatten(self._fun(*args))
+            given_back = set(map(id, leaves))
+            for arg, each in zip(args, before, strict=True):
+                refuse_changed(each, arg, _OF_MODULES, given_back)
             # No tracer may outlive its trace.
             kept = [_COMPUTED if is_traced(leaf) else leaf for leaf in leaves]
             returned[:] = [kept, treedef]
             return [leaf for leaf in leaves if is_traced(leaf)]
 
-        twin = self._at_twice(function, avals, given, sizes)
-        program = flat(function, avals)
+        program = flat(function, avals)  # first: what it raises is what the function raises
         kept, treedef = returned
+        twin = self._at_twice(function, avals, given, sizes)
         return _Traced(split(program, twin, given, sizes), size, kept, treedef)
 
     def _at_twice(

@@ -13,7 +13,7 @@ from frozen_optax import _bits
 from frozen_optax._hoist._rows import Rows
 from frozen_optax._proofs._trace import abstract, is_array_or_float, is_number
 from frozen_optax._selectors import Selector, resolve
-from frozen_optax._trees import describe, paths_of
+from frozen_optax._trees import describe, objects_in, paths_of
 from frozen_optax._typing import Leaf, PyTree
 
 Batch = tuple[Any, ...]
@@ -40,12 +40,14 @@ class Preparation:
         _require_tuple(0, first)
         leaves, treedef = jax.tree.flatten(params)
         selected = resolve(selector, params, to_train=True).selected
-        pairs = list(zip(leaves, selected, strict=True))
-        places = [i for i, (leaf, chosen) in enumerate(pairs) if chosen and is_number(leaf)]
+        objects = objects_in(params)
+        numbers = [i for i, leaf in enumerate(leaves) if is_number(leaf) and i not in objects]
+        places = [i for i in numbers if selected[i]]
         # Of what is trained shapes are enough; it need not go to the device.
-        others = [
-            leaf if chosen or not is_number(leaf) else abstract(leaf) for leaf, chosen in pairs
-        ]
+        others = list(leaves)
+        for i in numbers:
+            if not selected[i]:
+                others[i] = abstract(leaves[i])
         self.frozen = [_on_device(leaves[i]) for i in places]
         self._leaves, self._treedef = jax.tree.flatten(first)
 
