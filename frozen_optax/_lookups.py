@@ -197,8 +197,10 @@ def value_and_grad_of_rows(
         # Cast once, as the table is: what flows back is summed, and rounded, in the same dtypes.
         rows: dict[Any, Leaf] = {}
         for variable, table in tables.items():
-            cast = lambda table=table: jax.lax.convert_element_type(rows[table.of], table.dtype)
-            rows[variable] = tangents[table.place] if table.of is None else cast()
+            if table.dtype is None:
+                rows[variable] = tangents[table.place]
+            else:
+                rows[variable] = jax.lax.convert_element_type(rows[table.of], table.dtype)
         looked_up: list[Leaf] = []
         for lookup in found:
             part = parts[tables[lookup.table].place]
