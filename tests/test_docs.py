@@ -168,7 +168,7 @@ BLOCKS = {
     "docs/cost.md": 1,
     "docs/distributed.md": 1,
     "docs/frameworks.md": 10,
-    "docs/hoisting.md": 8,
+    "docs/hoisting.md": 9,
     "docs/proofs.md": 2,
     "docs/stages.md": 5,
     "docs/which_way.md": 2,

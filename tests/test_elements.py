@@ -342,6 +342,16 @@ def test_restore_puts_back_the_frozen_elements():
         assert isinstance(restored["embed"], jax.Array)
 
 
+def test_a_summary_of_elements_alone():
+    params = {"embed": jnp.ones((8, 3)), "head": jnp.ones((3, 2))}
+    tx = fo.with_frozen(optax.adam(1e-3), elements={"embed": slice(0, 6)})
+    for optimizer in (tx, optax.adam(1e-3)):
+        report = fo.summary(params, tx, optimizer)
+        assert report.frozen.parameters == 18
+        assert report.memory.optimizer_state == 2 * 4 * (6 + 6) + 4
+        assert report.memory_without_freezing.optimizer_state == 2 * 4 * (24 + 6) + 4
+
+
 def test_a_summary_counts_elements():
     params, tx = make_params(), with_elements(slice(0, 6))
     report = fo.summary(params, tx, optax.adam(1e-3))

@@ -28,7 +28,8 @@ from frozen_optax._trees import paths_of
 _PROGRAM = "the program"
 # What it is that may be another, where the name of a word does not say it.
 _REASONS = {
-    _PROGRAM: "the function, a constant in it, what is frozen or kept of it, or how it is traced",
+    _PROGRAM: "the function, a constant in it, what is frozen, or what is kept: labels, too, are "
+    "kept in the form in which the function reads them",
 }
 # Of those flags of XLA that change no numbers.
 _HARMLESS = re.compile(r"--xla_(dump|force_host_platform_device_count)\S*")
