@@ -131,6 +131,7 @@ def test_its_gradient_and_update_are_none_as_equinox_has_them():
     assert {proved[path] for path in NUMBERS} == {"absent"}
 
 
+@pytest.mark.exhaustive  # it is compiled for long; tests/test_equinox.py has a line search, too
 def test_a_line_search_calls_its_function_with_the_module():
     model, tx = Model(), fo.with_frozen(optax.lbfgs(), "attention")
     of_model = lambda model: loss(model, X, Y, KEY)

@@ -298,7 +298,14 @@ ZOO = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO)
+# One of each kind is tried at each run: what is unrolled, scanned, looked up, paired, of a framework.
+OFTEN = {"transformer", "scan", "tying", "towers", "int8", "statistics", "nnx"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.exhaustive]) for name in ZOO],
+)
 def test_model_is_exact_and_keeps_the_least(name):
     make, share, size = ZOO[name]
     tolerance = 2e-2 if name == "bfloat16" else 2e-5
