@@ -298,7 +298,7 @@ ZOO = {
 }
 
 
-# One of each kind is tried at each run: what is unrolled, scanned, looked up, paired, of a framework.
+# Those that are tried at each run: unrolled, scanned, looked up, in pairs, of a framework.
 OFTEN = {"transformer", "scan", "tying", "towers", "int8", "statistics", "nnx"}
 
 
