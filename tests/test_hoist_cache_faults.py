@@ -295,8 +295,8 @@ def test_a_killed_build_goes_on(seed: int, tmp_path: Path, expected: list[bytes]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("number", range(10))
-def test_builds_killed_at_fifty_moments_go_on(number: int, tmp_path: Path, expected: list[bytes]):
+@pytest.mark.parametrize("number", range(2))  # of which ten are fifty moments
+def test_builds_killed_at_more_moments_go_on(number: int, tmp_path: Path, expected: list[bytes]):
     there: list[int] = []
     for seed in range(10 + 5 * number, 15 + 5 * number):
         killed_build(tmp_path, seed, is_tried=False)

@@ -159,6 +159,6 @@ def test_random_programs_are_what_their_halves_are():
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("first", range(12, 312, 20))
+@pytest.mark.parametrize("first", range(12, 72, 20))
 def test_more_random_programs_are_what_their_halves_are(first):
     assert sum(map(check, range(first, first + 20)))
