@@ -31,6 +31,13 @@ _REASONS = {
     _PROGRAM: "the function, a constant in it, what is frozen, or what is kept: labels, too, are "
     "kept in the form in which the function reads them",
 }
+# Of jax, that change numbers.
+_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_enable_x64",
+    "jax_threefry_partitionable",
+    "jax_disable_jit",
+)
 # Of those flags of XLA that change no numbers.
 _HARMLESS = re.compile(r"--xla_(dump|force_host_platform_device_count)\S*")
 
@@ -65,16 +72,12 @@ def _environment(leaves: Sequence[Any]) -> dict[str, str]:
     device = min(placed[0].devices(), key=lambda each: each.id)
     machine = f", {platform.machine()}" if device.platform == "cpu" else ""
     flags = sorted(_HARMLESS.sub("", os.environ.get("XLA_FLAGS", "")).split())
-    config = jax.config
     return {
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
         "the backend": device.platform,
         "the device": f"{device.device_kind}{machine}",
-        "jax_default_matmul_precision": str(config.jax_default_matmul_precision),
-        "jax_enable_x64": str(config.jax_enable_x64),
-        "jax_threefry_partitionable": str(config.jax_threefry_partitionable),
-        "jax_disable_jit": str(config.jax_disable_jit),
+        **{name: str(getattr(jax.config, name)) for name in _SETTINGS},
         "XLA_FLAGS": " ".join(flags),
     }
 
