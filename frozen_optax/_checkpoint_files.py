@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from frozen_optax import _bits
-from frozen_optax._fingerprints import digests
+from frozen_optax._digests import digests
 from frozen_optax._manifests import sealed, unsealed
 from frozen_optax._messages import quoted
 from frozen_optax._typing import Array, DType, Leaf

@@ -23,7 +23,7 @@ from frozen_optax._checkpoint_files import (
     to_store,
     write,
 )
-from frozen_optax._fingerprints import kind
+from frozen_optax._digests import kind
 from frozen_optax._messages import Fault, listed, quoted
 from frozen_optax._selection import frozen_selector
 from frozen_optax._selectors import resolve

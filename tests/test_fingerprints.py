@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import frozen_optax as fo
 from benchmarks.measures import collectives
-from frozen_optax import _fingerprints
+from frozen_optax import _digests
 
 DTYPES = [
     *(
@@ -84,7 +84,7 @@ def test_every_flip_of_one_bit_in_a_million_elements_is_seen():
     flipped = words.copy()
     # Each on its own: what a word adds depends on it and its place alone.
     flipped[at] ^= np.uint32(1) << bit
-    before, after = (_fingerprints._terms(each) for each in (words, flipped))
+    before, after = (_digests._terms(each) for each in (words, flipped))
     for old, new in zip(before, after, strict=True):
         assert (old[at] != new[at])[words[at] != flipped[at]].all()
         rest = np.setdiff1d(np.arange(words.size), at)
@@ -133,7 +133,7 @@ def test_sharding_does_not_count_and_nothing_is_gathered(spec, dtype):
     x = make(dtype, (64, 80))
     sharded = jax.device_put(x, NamedSharding(mesh, spec))
     assert digest(sharded) == digest(x)
-    program = _fingerprints._sums_on_device.lower(sharded).compile().as_text()
+    program = _digests._sums_on_device.lower(sharded).compile().as_text()
     count, received = collectives(program)
     assert count > 0
     assert received <= 8 * 8 * count  # a pair of sums from each device, and nothing of the leaf
@@ -168,10 +168,10 @@ def test_places_beyond_two_to_the_32_are_told_apart():
     shape = (3, 2**16, 2**16)  # too large to hold: its places alone, at the corners
     terms = []
     for outer in range(3):
-        around = _fingerprints._positions(shape, range(1), np)[outer, 0, 0]
+        around = _digests._positions(shape, range(1), np)[outer, 0, 0]
         terms.append(int(around))
     assert terms == [0, 1, 2]
-    inner = _fingerprints._positions((1, 4, 2**30), range(1, 2), np)
+    inner = _digests._positions((1, 4, 2**30), range(1, 2), np)
     assert inner.reshape(-1).tolist() == [0, 1, 2, 3]
 
 

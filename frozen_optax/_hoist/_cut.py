@@ -18,15 +18,15 @@ from frozen_optax._hoist._rowwise import ELEMENTWISE, MOVES, REDUCTIONS
 from frozen_optax._hoist._split import Split, Value
 from frozen_optax._jaxprs import opened, subprograms
 
+# What is cheap if what it calls is; `jit` stands within the others.
+_CALLS = ("custom_jvp_call", "custom_vjp_call", "jit", "pjit")
 _LARGEST = 2**31 - 1  # scipy's flows are of 32 bits
 
 
 def is_cheap(eqn: JaxprEqn) -> bool:
     """Whether an equation may be computed again at each step."""
     programs = list(subprograms(eqn))
-    if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-        return all(is_cheap(each) for program in programs for each in opened(program)[0].eqns)
-    if eqn.primitive.name in ("jit", "pjit"):  # within the calls above
+    if eqn.primitive.name in _CALLS:
         return all(is_cheap(each) for program in programs for each in opened(program)[0].eqns)
     return not programs and eqn.primitive.name in ELEMENTWISE | MOVES | REDUCTIONS
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,28 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from frozen_optax import _bits
 from frozen_optax._hoist import _report
 from frozen_optax._hoist._cache import Cache, build
-from frozen_optax._hoist._cut import border, equations_for, variables_of
-from frozen_optax._hoist._programs import flat, part_of
+from frozen_optax._hoist._cut import border
+from frozen_optax._hoist._halves import hoisted_values, rest
 from frozen_optax._hoist._rows import COUNT, ArrayOf, Kept, Rows, Said, join, require_rows
-from frozen_optax._hoist._sizes import Batch, Sizes
-from frozen_optax._hoist._split import Given, Split, split
-from frozen_optax._messages import quoted
-from frozen_optax._proofs._trace import Inputs, abstract, is_array_or_float, is_number
+from frozen_optax._hoist._split import Split
+from frozen_optax._hoist._tracing import Traced, aval_of, refuse_differentiated, trace
+from frozen_optax._proofs._trace import is_array_or_float
 from frozen_optax._selection import frozen_selector
-from frozen_optax._selectors import Selector, resolve
+from frozen_optax._selectors import Selector
 from frozen_optax._signature import as_list
-from frozen_optax._trees import is_traced
 from frozen_optax._typing import Frozen, Leaf, PyTree
-from frozen_optax._variables import refuse_changed
-
-_COMPUTED = object()  # stands for a leaf that the program returns
-_OF_MODULES = (
-    "Split the module, name what changes in live_argnums, merge it inside, and return what it has "
-    "become: docs/hoisting.md has the step."
-)
 
 
 def hoist(
@@ -99,21 +87,6 @@ def hoist(
     return Hoisted(fun, frozen_selector(frozen, trainable), places)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Traced:
-    """A function as a split program, and how its results are put together."""
-
-    split: Split
-    size: int
-    returned: Sequence[Any]
-    treedef: Any
-
-    def results(self, outputs: Sequence[Any]) -> PyTree:
-        computed = iter(outputs)
-        leaves = [next(computed) if leaf is _COMPUTED else leaf for leaf in self.returned]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-
 class Hoisted:
     """A function whose frozen part is computed once; made by `hoist`.
 
@@ -151,10 +124,9 @@ class Hoisted:
             each.at(size) if isinstance(each, ArrayOf) else each.value for each in rows.kept.leaves
         ]
         args = self._in_order(jax.tree.unflatten(rows.kept.treedef, leaves), live_args)
-        inputs, makes, given = self._inputs(params, args)
-        self._guard(inputs, given)
-        traced = self._trace(inputs, makes, given)
-        return traced.results(_rest(traced, rows, inputs.leaves))
+        traced = self._trace(params, args)
+        refuse_differentiated(traced)
+        return traced.results(rest(traced.split, rows, traced.leaves))
 
     def prepare(self, params: PyTree, *args: PyTree, live: Sequence[PyTree] | None = None) -> Rows:
         """What frozen parameters and data determine of the function, an example a row.
@@ -177,11 +149,10 @@ class Hoisted:
         if live is None:
             live = [jax.eval_shape(lambda: jax.random.key(0)) for _ in self._live]
         whole = self._in_order(args, live)
-        inputs, makes, given = self._inputs(params, whole)
-        traced = self._trace(inputs, makes, given)
+        traced = self._trace(params, whole)
         each, shared = border(traced.split)
-        self._require_gain(traced.split, each, shared)
-        values = _hoisted_values(traced, each, shared, inputs.leaves)
+        _require_gain(traced.split, each, shared)
+        values = hoisted_values(traced.split, each, shared, traced.leaves)
         data = tuple(self._data(whole))
         leaves, treedef = jax.tree.flatten(data)
         kept = Kept(tuple(each) or (COUNT,), tuple(shared), treedef, tuple(map(_kept_leaf, leaves)))
@@ -272,11 +243,8 @@ class Hoisted:
         Raises:
           TypeError, ValueError: as `prepare`, but for nothing to hoist, which it says.
         """
-        inputs, makes, given = self._inputs(params, args)
-        traced = self._trace(inputs, makes, given)
+        traced = self._trace(params, args)
         return _report.report(traced.split, traced.size, border(traced.split))
-
-    # --- arguments
 
     def _in_order(self, data: Sequence[PyTree], live: Sequence[PyTree]) -> list[PyTree]:
         """All arguments after the parameters as `fun` takes them."""
@@ -295,251 +263,23 @@ class Hoisted:
     def _data(self, args: Sequence[PyTree]) -> list[PyTree]:
         return [arg for place, arg in enumerate(args, 1) if place not in self._live]
 
-    def _name(self, place: int) -> str:
-        try:
-            names = list(inspect.signature(self._fun).parameters)
-        except (TypeError, ValueError):
-            names = []
-        return f"{names[place]!r}" if place < len(names) else f"argument {place}"
+    def _trace(self, params: PyTree, args: Sequence[PyTree]) -> Traced:
+        return trace(self._fun, params, args, self._selector, self._live)
 
-    def _inputs(
-        self, params: PyTree, args: Sequence[PyTree]
-    ) -> tuple[Inputs, list[Any], list[Given]]:
-        """All arguments as inputs of a program, and what each input is."""
-        resolution = resolve(self._selector, params, to_train=True)
-        inputs, makes, given = Inputs(), list[Any](), list[Given]()
-        group, make = inputs.add("the parameters", params, is_number)
-        makes.append(make)
-        for path, place in zip(group.paths, group.places, strict=True):
-            given.append(Given(path, "frozen" if resolution.selected[place] else "trained"))
-        for place, arg in enumerate(args, 1):
-            name = self._name(place)
-            kind = "live" if place in self._live else "data"
-            group, make = inputs.add(name, arg, is_array_or_float)
-            makes.append(make)
-            for path, leaf in zip(group.paths, group.leaves, strict=True):
-                if kind == "data" and _bits.is_key(leaf):
-                    raise TypeError(
-                        f"{name} holds a PRNG key: the same numbers would be drawn at each step. "
-                        f"Name it in live_argnums={place} and give it after the rows."
-                    )
-                given.append(Given(f"{name} {path!r}" if path else name, kind))
-        return inputs, makes, given
 
-    def _guard(self, inputs: Inputs, given: Sequence[Given]) -> None:
-        """Raise where a frozen leaf is differentiated: a part of its gradient is in the rows."""
-        pairs = zip(inputs.leaves, given, strict=True)
-        frozen = [(leaf, each.name) for leaf, each in pairs if each.kind == "frozen"]
-        frozen = [(leaf, name) for leaf, name in frozen if is_traced(leaf)]
-        frozen = [(leaf, name) for leaf, name in frozen if _bits.is_differentiable(leaf)]
-        if frozen:
-            leaves, names = zip(*frozen, strict=True)
-            _undifferentiated(names)(*leaves)
-
-    # --- programs
-
-    def _trace(self, inputs: Inputs, makes: Sequence[Any], given: Sequence[Given]) -> _Traced:
-        avals = list(map(_aval, inputs.leaves))
-        size = _batch_size(avals, given)
-        sizes = Sizes(size)
-        returned: list[Any] = []
-
-        def function(*values: Any) -> list[Any]:
-            args = [make(values) for make in makes]
-            before = list(map(jax.tree.leaves, args))
-            leaves, treedef = jax.tree.flatten(self._fun(*args))
-            given_back = set(map(id, leaves))
-            for arg, each in zip(args, before, strict=True):
-                refuse_changed(each, arg, _OF_MODULES, given_back)
-            # No tracer may outlive its trace.
-            kept = [_COMPUTED if is_traced(leaf) else leaf for leaf in leaves]
-            returned[:] = [kept, treedef]
-            return [leaf for leaf in leaves if is_traced(leaf)]
-
-        program = flat(function, avals)  # first: what it raises is what the function raises
-        kept, treedef = returned
-        twin = self._at_twice(function, avals, given, sizes)
-        return _Traced(split(program, twin, given, sizes), size, kept, treedef)
-
-    def _at_twice(
-        self, function: Any, avals: Sequence[Any], given: Sequence[Given], sizes: Sizes
-    ) -> Any:
-        """The same function at twice as many examples.
-
-        Of a live argument it is not known whether its first axis counts them: it does if that makes
-        a program, and it may hold as many words of a key by chance.
-        """
-        errors = list[Exception]()
-        for counts in (lambda aval: True, lambda aval: not _may_be_key(aval), lambda aval: False):
-            larger = [
-                _with_batch(aval, sizes.other)
-                if aval.shape[:1] == (sizes.size,)
-                and (each.kind == "data" or (each.kind == "live" and counts(aval)))
-                else aval
-                for aval, each in zip(avals, given, strict=True)
-            ]
-            try:
-                return flat(function, larger)
-            except Exception as error:  # of whatever kind the function raises
-                errors.append(error)
+def _require_gain(split: Split, each: Sequence[str], shared: Sequence[str]) -> None:
+    """Raise where rows would hold what was given, and nothing that was computed."""
+    given = {split.values[var].digest for var in split.jaxpr.invars}
+    if set(each) <= given and set(shared) <= given:
         raise ValueError(
-            f"the function cannot be traced with {sizes.other} examples instead of {sizes.size}, "
-            "which is how it is found out what depends on an example alone. Write it for any batch "
-            "size, and name what is no data (a key) in live_argnums. It raised "
-            f"{type(errors[0]).__name__}: {errors[0]}"
-        ) from errors[0]
-
-    def _require_gain(self, split: Split, each: Sequence[str], shared: Sequence[str]) -> None:
-        """Raise where rows would hold what was given, and nothing that was computed."""
-        given = {split.values[var].digest for var in split.jaxpr.invars}
-        if set(each) <= given and set(shared) <= given:
-            raise ValueError(
-                "nothing can be hoisted: what the frozen parameters and the data determine is no "
-                f"more than what is given. {_report.ends(split)} Train the function itself."
-            )
-
-
-def _aval(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a leaf, as jax takes it: host arrays of 64 bits become narrower ones."""
-    aval: Any = jax.typeof(leaf) if is_traced(leaf) else abstract(leaf)
-    dtype = jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True)
-    return jax.ShapeDtypeStruct(aval.shape, dtype, weak_type=bool(aval.weak_type))
-
-
-def _batch_size(avals: Sequence[Any], given: Sequence[Given]) -> int:
-    found: dict[int, str] = {}
-    for aval, each in zip(avals, given, strict=True):
-        if each.kind == "data" and aval.shape:
-            found.setdefault(aval.shape[0], each.name)
-    if len(found) != 1:
-        told = ", ".join(f"{size} in {name}" for size, name in found.items()) or "none at all"
-        raise ValueError(
-            f"the first axis of each array in the arguments counts examples, found {told}. Name "
-            "what is no data in live_argnums, or close over it."
+            "nothing can be hoisted: what the frozen parameters and the data determine is no "
+            f"more than what is given. {_report.ends(split)} Train the function itself."
         )
-    (size,) = found
-    if size < 1:
-        raise ValueError("there are no examples in the arguments.")
-    return size
-
-
-def _may_be_key(aval: Any) -> bool:
-    return aval.dtype == jnp.uint32 and aval.shape in ((2,), (4,))
-
-
-def _with_batch(aval: Any, size: int) -> Any:
-    return jax.ShapeDtypeStruct((size, *aval.shape[1:]), aval.dtype, weak_type=aval.weak_type)
 
 
 def _kept_leaf(leaf: Leaf) -> ArrayOf | Said:
     if not is_array_or_float(leaf):
         return Said.of(leaf)
-    aval = _aval(leaf)
+    aval = aval_of(leaf)
     has_batch = bool(aval.shape)
     return ArrayOf(tuple(aval.shape[1:]), has_batch, aval.dtype, bool(aval.weak_type))
-
-
-def _undifferentiated(names: Sequence[str]) -> Callable[..., Any]:
-    """A function of leaves that is nothing, and an error where one of them is differentiated."""
-
-    @jax.custom_jvp
-    def guard(*leaves: Any) -> Any:
-        return jnp.zeros(())
-
-    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
-        zero = jax.custom_derivatives.SymbolicZero
-        pairs = zip(tangents, names, strict=True)
-        moved = [name for tangent, name in pairs if not isinstance(tangent, zero)]
-        if moved:
-            raise ValueError(
-                f"the frozen leaves {quoted(moved)} are differentiated, and what they made is in "
-                "the rows: their gradient would be wrong. Use fo.value_and_grad(hoisted, frozen), "
-                "with what hoist was told is frozen."
-            )
-        out = guard(*primals)
-        return out, jnp.zeros_like(out)
-
-    guard.defjvp(rule, symbolic_zeros=True)
-    return guard
-
-
-# --- the two halves
-
-
-def _named(split: Split, digests: Sequence[str]) -> dict[str, Any]:
-    """A variable for each digest."""
-    wanted = set(digests)
-    found: dict[str, Any] = {}
-    for var, value in split.values.items():
-        if value.digest in wanted:
-            found.setdefault(value.digest, var)
-    return found
-
-
-def _hoisted_values(
-    traced: _Traced, each: Sequence[str], shared: Sequence[str], leaves: Sequence[Leaf]
-) -> list[Any]:
-    """The arrays of some digests, the examples of each along its first axis."""
-    split = traced.split
-    named = _named(split, [*each, *shared])
-    outvars = [named[digest] for digest in (*each, *shared)]
-    eqns = equations_for(split, outvars, set())
-    invars = [*split.jaxpr.constvars, *split.jaxpr.invars]
-    read = {var for eqn in eqns for var in split.read(eqn.invars)} | set(outvars)
-    values = dict(zip(invars, [*split.consts, *leaves], strict=True))
-    needed = [var for var in invars if var in read]
-    arrays = part_of(split.jaxpr, needed, eqns, outvars)(*(values[var] for var in needed))
-    return [
-        _to_rows(array, split.values[var].batch) for array, var in zip(arrays, outvars, strict=True)
-    ]
-
-
-def _to_rows(array: Any, batch: Batch | None) -> Any:
-    array = jnp.asarray(array)
-    if batch is None or batch == (0, 1):
-        return array
-    array = jnp.moveaxis(array, batch.axis, 0)
-    return array if batch.block == 1 else array.reshape(-1, batch.block, *array.shape[1:])
-
-
-def _from_rows(array: Any, batch: Batch | None, shape: tuple[int, ...]) -> Any:
-    if batch is None or batch == (0, 1):
-        return array
-    if batch.block > 1:
-        array = array.reshape(-1, *array.shape[2:])
-    return jnp.moveaxis(array, 0, batch.axis).reshape(shape)
-
-
-def _rest(traced: _Traced, rows: Rows, leaves: Sequence[Leaf]) -> list[Any]:
-    """The results of the program, from rows and from what is given beside them."""
-    split = traced.split
-    kept = dict(zip((*rows.kept.each, *rows.kept.shared), (*rows.each, *rows.shared), strict=True))
-    of_rows = {var: kept[v.digest] for var, v in split.values.items() if v.digest in kept}
-    for var, array in of_rows.items():
-        value = split.values[var]
-        of_rows[var] = _from_rows(array, value.batch, var.aval.shape)
-    values = dict(zip(split.jaxpr.constvars, split.consts, strict=True))
-    given = zip(split.jaxpr.invars, leaves, split.given, strict=True)
-    values.update((var, leaf) for var, leaf, each in given if each.kind != "data")
-    values.update(of_rows)
-
-    outvars = split.read(split.jaxpr.outvars)
-    live = list(filter(split.is_live, split.eqns))
-    eqns = equations_for(split, variables_of(split, live), set(values))
-    chosen = {*map(id, eqns), *map(id, live)}
-    eqns = [eqn for eqn in split.eqns if id(eqn) in chosen]
-    made = {var for eqn in eqns for var in eqn.outvars}
-    read = {var for eqn in eqns for var in split.read(eqn.invars)} | set(outvars)
-    missing = [
-        given.name
-        for var, given in zip(split.jaxpr.invars, split.given, strict=True)
-        if var in read and var not in values
-    ]
-    if missing:
-        raise ValueError(
-            f"the rows do not hold what this function needs of {', '.join(missing)}: they were "
-            "prepared by another function, of another selection, of parameters of other shapes, or "
-            "it is another program with this batch size. Prepare them by this hoisted function."
-        )
-    needed = [var for var in values if var in read and var not in made]
-    return part_of(split.jaxpr, needed, eqns, split.jaxpr.outvars)(*(values[v] for v in needed))

@@ -23,6 +23,8 @@ _OF_DERIVATIVES = {
     *("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "out_trees"),
     *("policy", "differentiated"),
 }
+# A function that is there as a program, too, in the parameter `jaxpr`.
+_AS_A_PROGRAM = {"computation"}
 # The parameters that may hold lengths of axes.
 _LENGTHS = ("shape", "new_sizes", "limit_indices", "slice_sizes", "sizes", "length")
 
@@ -82,7 +84,8 @@ class Sizes:
         if one.keys() != other.keys():
             raise Differs("its parameters are others with another batch size")
         words = list[str]()
-        for name in sorted(set(one) - _OF_DERIVATIVES):
+        left_out = _OF_DERIVATIVES | (_AS_A_PROGRAM if "jaxpr" in one else set[str]())
+        for name in sorted(set(one) - left_out):
             pair = one[name], other[name]
             words.append(
                 f"{name}={self._lengths(*pair) if name in _LENGTHS else self._value(*pair)}"

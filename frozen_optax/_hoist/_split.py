@@ -31,18 +31,22 @@ from frozen_optax._trees import is_mutable, is_traced
 _RANDOM = ("random_", "threefry", "rng_")  # how the names of primitives begin that draw numbers
 # The same, of those that call the host, or run over several devices.
 _ELSEWHERE = (
-    *(
-        "pure_callback",
-        "io_callback",
-        "ffi_call",
-        "shard_map",
-        "axis_index",
-        "psum",
-        "pmax",
-        "pmin",
-    ),
-    *("ppermute", "pbroadcast", "all_gather", "all_to_all", "ragged_all_to_all", "reduce_scatter"),
-    *("psum_scatter", "pvary"),
+    "pure_callback",
+    "io_callback",
+    "ffi_call",
+    "shard_map",
+    "axis_index",
+    "psum",
+    "pmax",
+    "pmin",
+    "ppermute",
+    "pbroadcast",
+    "all_gather",
+    "all_to_all",
+    "ragged_all_to_all",
+    "reduce_scatter",
+    "psum_scatter",
+    "pvary",
 )
 
 
