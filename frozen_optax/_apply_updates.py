@@ -11,7 +11,7 @@ import numpy as np
 from frozen_optax import _bits
 from frozen_optax._elements import resolve_in_part
 from frozen_optax._parts import Part
-from frozen_optax._trees import describe, is_hole, is_number, paths_of, up_to
+from frozen_optax._trees import describe, is_hole, is_number, is_traced, paths_of, up_to
 from frozen_optax._typing import Frozen, Leaf, PyTree
 
 
@@ -66,6 +66,24 @@ def _apply_in_part(part: Part, param: Leaf, update: Leaf) -> Leaf:
     return _bits.moved(part.put(_bits.movable(summed), _bits.movable(whole)), whole.dtype)
 
 
+def _refuse_movement(path: str, part: Part | None, param: Leaf, update: Leaf) -> None:
+    """Raise where the update of what is frozen is at hand, and not zero."""
+    is_at_hand = _bits.is_array(update) and not is_traced(update) and is_number(update)
+    if not is_at_hand or _bits.is_key(update) or _bits.is_known_zero(update):
+        return
+    with jax.ensure_compile_time_eval():  # under a trace, too, what is at hand has its value
+        moves = jnp.asarray(update) != 0
+        if part is not None and np.shape(update) == part.shape:
+            moves = part.choose(moves, jnp.zeros_like(moves))
+        is_moved = bool(jnp.any(moves))
+    if is_moved:
+        what = "is frozen" if part is None else "has frozen elements"
+        raise ValueError(
+            f"{path!r} {what}, and its update there is not zero: {describe(update)} comes from an "
+            "optimizer that trains it. Give the optimizer that made the updates, frozen=tx."
+        )
+
+
 def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen = None) -> PyTree:
     """`optax.apply_updates`, except that a zero update leaves every bit of the parameter as it was.
 
@@ -78,17 +96,18 @@ def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen = None) -> PyT
       params: a pytree of parameters.
       updates: a pytree in the structure of `params`; a hole may stand for a leaf or for a whole
         subtree.
-      frozen: what is not to be added to, whatever its update is: best the optimizer that
-        `with_frozen` returned. It makes no difference to what is frozen as a whole. Of a leaf in
-        which elements are frozen only those that train are added to and written, in place where the
-        leaf is donated; without it there is a pass over the whole leaf.
+      frozen: what has no update but zero: best the optimizer that `with_frozen` returned. Of a leaf
+        in which elements are frozen only those that train are added to and written, in place where
+        the leaf is donated; without it there is a pass over the whole leaf. To what is frozen as a
+        whole it makes no difference.
 
     Returns:
       The new parameters, in the structure, shapes and dtypes of `params`.
 
     Raises:
-      ValueError: the trees differ in structure, or `frozen` selects nothing, or does not fit; the
-        message names the path.
+      ValueError: the trees differ in structure, or `frozen` selects nothing, or does not fit; what
+        it freezes has an update that is not zero, as far as values are at hand: in a compiled
+        function they are not. The message names the path.
       TypeError: an update that is not nothing for a leaf no arithmetic can touch (a PRNG key, a
         function), or one of a shape that does not fit; the message names the path.
 
@@ -101,14 +120,13 @@ def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen = None) -> PyT
     pairs = zip(leaves, up_to(treedef, updates, "updates"), strict=True)
     new: list[Leaf] = []
     resolution = None if frozen is None else resolve_in_part(frozen, None, params)
+    parts = {} if resolution is None else resolution.parts
     for index, (param, update) in enumerate(pairs):
+        part = parts.get(index)
+        if resolution is not None and (part or resolution.selected[index]):
+            _refuse_movement(resolution.paths[index], part, param, update)
         try:
-            if resolution is not None and index in resolution.parts:
-                new.append(_apply_in_part(resolution.parts[index], param, update))
-            elif resolution is not None and resolution.selected[index]:
-                new.append(param)
-            else:
-                new.append(_apply(param, update))
+            new.append(_apply_in_part(part, param, update) if part else _apply(param, update))
         except (TypeError, ValueError) as error:
             path = paths_of(params)[index]
             raise TypeError(f"cannot update the parameter at {path!r}: {error}.") from error

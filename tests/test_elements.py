@@ -342,6 +342,26 @@ def test_restore_puts_back_the_frozen_elements():
         assert isinstance(restored["embed"], jax.Array)
 
 
+def test_an_update_of_what_is_said_to_be_frozen_is_refused():
+    params = {"embed": jnp.ones((8, 3)), "encoder": jnp.ones(2), "head": jnp.ones((3, 2))}
+    tx = fo.with_frozen(optax.sgd(0.5), "encoder", elements={"embed": slice(0, 6)})
+    ours = tx.update(params, tx.init(params), params)[0]
+    others = jax.tree.map(jnp.ones_like, params)
+    moved = fo.apply_updates(params, ours, tx)
+    fo.assert_frozen(params, moved, tx)
+    for name, words in (("encoder", "is frozen"), ("embed", "has frozen elements")):
+        updates = ours | {name: others[name]}
+        with pytest.raises(ValueError, match=f"'{name}' {words}, and its update there is not zero"):
+            fo.apply_updates(params, updates, tx)
+    # Of elements that train it may be anything; and under a trace what moves is not hidden.
+    trained = ours | {"embed": ours["embed"].at[6:].set(7.0)}
+    assert float(fo.apply_updates(params, trained, tx)["embed"][7, 0]) == 8.0
+    step = lambda params: fo.apply_updates(params, ours | {"encoder": params["encoder"]}, tx)
+    assert jax.jit(step)(params)["encoder"].tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match="encoder"):
+        fo.jit(step, frozen=tx)(params)
+
+
 def test_a_summary_of_elements_alone():
     params = {"embed": jnp.ones((8, 3)), "head": jnp.ones((3, 2))}
     tx = fo.with_frozen(optax.adam(1e-3), elements={"embed": slice(0, 6)})
