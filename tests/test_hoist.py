@@ -132,6 +132,22 @@ def test_auxiliary_results_and_objects_come_as_they_are():
     assert same_bits((value[0], value[1]["hidden"], grads), (again[0], again[1]["hidden"], same))
 
 
+def test_has_aux_says_that_a_pair_is_returned():
+    def with_features(params, x, y):
+        return loss(params, x, y), {"norm": jnp.sum(features(params, x) ** 2)}
+
+    hoisted = fo.hoist(with_features, "encoder", has_aux=True)
+    rows = hoisted.prepare(PARAMS, X, Y)
+    (value, aux), grads = fo.value_and_grad(hoisted, "encoder", has_aux=True)(PARAMS, rows)
+    live = fo.value_and_grad(with_features, "encoder", has_aux=True)(PARAMS, X, Y)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), live[0], (value, aux)
+    )
+    np.testing.assert_allclose(grads["head"], live[1]["head"], rtol=1e-5)
+    with pytest.raises(TypeError, match=r"returns a pair .* and it returned 'list'"):
+        fo.hoist(lambda *args: [loss(*args), 1], "encoder", has_aux=True).prepare(PARAMS, X, Y)
+
+
 def test_what_is_shared_is_computed_once_for_all():
     def fun(params, x, temperature):
         weights = jnp.exp(params["encoder"]["w"])

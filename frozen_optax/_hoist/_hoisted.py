@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ def hoist(
     *,
     trainable: Frozen = None,
     live_argnums: int | Sequence[int] = (),
+    has_aux: bool = False,
 ) -> Hoisted:
     """Splits a function in what frozen parameters and data determine, and the rest.
 
@@ -55,6 +57,8 @@ def hoist(
         or the optimizer that `with_frozen` returned.
       trainable: the leaves that are not, instead of `frozen`: exactly one of the two is given.
       live_argnums: the positions of arguments of `fun` that change at each step.
+      has_aux: whether `fun` returns a pair of a value and auxiliary data. What it returns is
+        returned in any case; said here, it is looked at when `fun` is traced.
 
     Returns:
       A `Hoisted`.
@@ -63,7 +67,7 @@ def hoist(
       TypeError: not exactly one of `frozen` and `trainable` is given, or it is no way to select
         leaves.
       ValueError: `live_argnums` names the parameters or a negative position. When called, see
-        `Hoisted`.
+        `Hoisted`; a `TypeError`, too, if `has_aux` was said of a function that returns no pair.
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp
@@ -84,7 +88,22 @@ def hoist(
             f"live_argnums is {live_argnums}: it names arguments after the parameters, which are "
             "argument 0, by their positions from 1 on."
         )
-    return Hoisted(fun, frozen_selector(frozen, trainable), places)
+    selector = frozen_selector(frozen, trainable)
+    return Hoisted(_returning_a_pair(fun) if has_aux else fun, selector, places)
+
+
+def _returning_a_pair(fun: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fun)
+    def checked(*args: PyTree) -> Any:
+        results = fun(*args)
+        if not isinstance(results, tuple) or len(results) != 2:
+            raise TypeError(
+                f"has_aux=True says that {fun!r} returns a pair of a value and auxiliary data, and "
+                f"it returned {type(results).__name__!r}."
+            )
+        return results
+
+    return checked
 
 
 class Hoisted:
