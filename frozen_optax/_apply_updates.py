@@ -84,7 +84,9 @@ def _refuse_movement(path: str, part: Part | None, param: Leaf, update: Leaf) ->
         )
 
 
-def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen = None) -> PyTree:
+def apply_updates(
+    params: PyTree, updates: PyTree, frozen: Frozen = None, *, trainable: Frozen = None
+) -> PyTree:
     """`optax.apply_updates`, except that a zero update leaves every bit of the parameter as it was.
 
     Where the update is known to be zero while tracing (the frozen leaves after `with_frozen`;
@@ -100,6 +102,7 @@ def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen = None) -> PyT
         in which elements are frozen only those that train are added to and written, in place where
         the leaf is donated; without it there is a pass over the whole leaf. To what is frozen as a
         whole it makes no difference.
+      trainable: what may have any, instead of `frozen`.
 
     Returns:
       The new parameters, in the structure, shapes and dtypes of `params`.
@@ -109,7 +112,8 @@ def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen = None) -> PyT
         it freezes has an update that is not zero, as far as values are at hand: in a compiled
         function they are not. The message names the path.
       TypeError: an update that is not nothing for a leaf no arithmetic can touch (a PRNG key, a
-        function), or one of a shape that does not fit; the message names the path.
+        function), or one of a shape that does not fit; the message names the path. Or both `frozen`
+        and `trainable` are given.
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp
@@ -119,7 +123,8 @@ def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen = None) -> PyT
     leaves, treedef = jax.tree.flatten(params)
     pairs = zip(leaves, up_to(treedef, updates, "updates"), strict=True)
     new: list[Leaf] = []
-    resolution = None if frozen is None else resolve_in_part(frozen, None, params)
+    is_said = frozen is not None or trainable is not None
+    resolution = resolve_in_part(frozen, trainable, params) if is_said else None
     parts = {} if resolution is None else resolution.parts
     for index, (param, update) in enumerate(pairs):
         part = parts.get(index)

@@ -353,6 +353,8 @@ def test_an_update_of_what_is_said_to_be_frozen_is_refused():
         updates = ours | {name: others[name]}
         with pytest.raises(ValueError, match=f"'{name}' {words}, and its update there is not zero"):
             fo.apply_updates(params, updates, tx)
+    with pytest.raises(ValueError, match="'encoder' is frozen, and its update there is not zero"):
+        fo.apply_updates(params, others, trainable=["embed", "head"])
     # Of elements that train it may be anything; and under a trace what moves is not hidden.
     trained = ours | {"embed": ours["embed"].at[6:].set(7.0)}
     assert float(fo.apply_updates(params, trained, tx)["embed"][7, 0]) == 8.0

@@ -24,6 +24,11 @@ def loss_fn(params):
     return jnp.sum((params["encoder"]["w"] @ params["head"]["w"]) ** 2)
 
 
+def loss_of(params, x):
+    x = jnp.sort(x, axis=1)  # of the data alone
+    return jnp.sum((x @ params["encoder"]["w"] @ params["head"]["w"]) ** 2)
+
+
 def moved(params):
     return {**params, "head": {"w": params["head"]["w"] + 1}}
 
@@ -57,6 +62,12 @@ ROOMS = {
     "grad": lambda **said: fo.grad(loss_fn, holes=True, **said)(make_params()),
     "jit": lambda **said: fo.jit(lambda params: (moved(params), 1), discard=True, **said)(
         make_params()
+    ),
+    "apply_updates": lambda **said: fo.apply_updates(
+        make_params(), {"encoder": optax.MaskedNode(), "head": optax.MaskedNode()}, **said
+    ),
+    "hoist": lambda **said: (
+        fo.hoist(loss_of, **said).prepare(make_params(), make_params()["encoder"]["w"].T).each
     ),
     "assert_frozen": lambda **said: fo.assert_frozen(make_params(), moved(make_params()), **said),
     "fingerprint": lambda **said: fo.fingerprint(make_params(), **said),
@@ -98,6 +109,17 @@ def test_an_optimizer_that_forgets_is_told_which_remembers(room):
             ROOMS[room](frozen=other)
     with pytest.raises(TypeError, match=r"says what is frozen, not what is trainable"):
         ROOMS[room](trainable=TX)
+
+
+def test_every_argument_called_frozen_is_looked_at_here():
+    names = [name for name in fo.__all__ if inspect.isfunction(getattr(fo, name))]
+    arguments = {name: inspect.signature(getattr(fo, name)).parameters for name in names}
+    said = {name for name in names if {"frozen", "trainable"} <= set(arguments[name])}
+    elsewhere = {"nnx_jit", "nnx_filter", "value_and_grad_from_state"}
+    assert said == {*ROOMS} | elsewhere
+    # These want the optimizer alone: only that says of which elements a fingerprint is.
+    of_elements = {"assert_fingerprint", "watch_fingerprint"}
+    assert {name for name in names if "frozen" in arguments[name]} == said | of_elements
 
 
 def test_value_and_grad_from_state_takes_the_optimizer_too():
