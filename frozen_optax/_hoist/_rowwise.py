@@ -177,7 +177,10 @@ def _stack(step: Step) -> bool:
 
 
 def _tile(step: Step) -> bool:
+    """The whole, as often for each example; or as often along an axis that is not theirs."""
     batch = step.ins[0]
+    if not batch:
+        return True
     return bool(batch) and step.params["reps"][batch.axis] == 1 and step.outs == [batch]
 
 
@@ -330,6 +333,10 @@ def _scan(step: Step) -> bool:
             return False
         return _calls("jaxpr")(step)
     # One example after the other, as `jax.lax.map` does: nothing is carried from one to the next.
+    # So what it does with one knows nothing of how many there are.
+    of_one = dataclasses.replace(step.sizes, may_count=False)
+    pair = ({"jaxpr": each["jaxpr"]} for each in (step.params, step.twin.params))
+    of_one.params(*pair)
     shared = [batch for batch, scanned in zip(step.ins, is_scanned, strict=True) if not scanned]
     return (
         all(over_examples)
