@@ -62,7 +62,9 @@ def belongings(
     words[_PROGRAM] = digest(*kept.each, "shared", *kept.shared)
     words |= {f"array {i} of the rows": str(column) for i, column in enumerate(columns)}
     for path, leaf, what in zip(paths_of(batch), jax.tree.leaves(batch), kept.leaves, strict=True):
-        words[f"argument {path!r} of a batch"] = _argument(leaf, what)
+        name, word = f"argument {path!r} of a batch", _argument(leaf, what)
+        # Two of one path, {"a/b": ..., "a": {"b": ...}}, are told together.
+        words[name] = f"{words[name]}; {word}" if name in words else word
     return words | {f"the frozen leaf {path!r}": each for path, each in frozen.items()}
 
 
