@@ -22,7 +22,6 @@ from frozen_optax._selectors import Selector
 from frozen_optax._signature import as_list
 from frozen_optax._typing import Frozen, Leaf, PyTree
 
-
 _TAKEN_FOR_KEYS = (
     "Arguments of live_argnums were taken for PRNG keys. If they are something else, give their "
     "shapes and dtypes: live=(jax.ShapeDtypeStruct((), jnp.int32),)."
