@@ -73,6 +73,18 @@ def test_what_is_done_to_each_does_not_know_how_many(name: str) -> None:
         np.testing.assert_allclose(hoisted(PARAMS, rows[some]), of_each(PARAMS, X[some]), rtol=1e-5)
 
 
+def test_an_operation_with_other_axes_at_another_size_stays() -> None:
+    def reshaped(params: Any, x: Any) -> Any:
+        x = jnp.tanh(x @ params["w"])
+        x = x.reshape((len(x), 3) if len(x) > 6 else (len(x), 3, 1)).reshape(-1, 3)
+        return jnp.sum(x @ params["head"])
+
+    hoisted = fo.hoist(reshaped, "w")
+    rows = hoisted.prepare(PARAMS, X)
+    assert rows.bytes_per_example == 12
+    np.testing.assert_allclose(hoisted(PARAMS, rows), reshaped(PARAMS, X), rtol=1e-5)
+
+
 CHANGED: dict[str, Any] = {
     "narrower": lambda array: array.astype(jnp.bfloat16),
     "in two": lambda array: array.reshape(2, 3, 3),

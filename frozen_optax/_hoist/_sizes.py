@@ -95,6 +95,8 @@ class Sizes:
 
     def _lengths(self, one: Any, other: Any) -> str:
         if isinstance(one, (tuple, list)):
+            if len(one) != len(other):
+                raise Differs("it depends on the batch size")
             return str([self.length(*pair) for pair in zip(one, other, strict=True)])
         return str(self.length(one, other))
 
