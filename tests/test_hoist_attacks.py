@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hoisting import same_bits
 from jax import lax
@@ -83,6 +84,28 @@ def test_an_operation_with_other_axes_at_another_size_stays() -> None:
     rows = hoisted.prepare(PARAMS, X)
     assert rows.bytes_per_example == 12
     np.testing.assert_allclose(hoisted(PARAMS, rows), reshaped(PARAMS, X), rtol=1e-5)
+
+
+def test_a_single_example_is_served_of_labels_as_they_were_given() -> None:
+    def entropy(params: Any, x: Any, labels: Any) -> Any:
+        logits = jnp.tanh(x @ params["w"]) * params["head"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    labels = jnp.arange(6) % 3
+    hoisted = fo.hoist(entropy, "w")
+    rows = hoisted.prepare(PARAMS, X, labels)
+    assert any(np.array_equal(array, labels) for array in rows.each)
+    found = hoisted(PARAMS, rows[4:5])
+    np.testing.assert_allclose(found, entropy(PARAMS, X[4:5], labels[4:5]), rtol=1e-5)
+
+
+def test_a_single_example_that_is_another_program_is_refused() -> None:
+    def once(params: Any, x: Any) -> Any:
+        return loss(params, jnp.sin(x) if len(x) == 1 else x)
+
+    hoisted = fo.hoist(once, "w")
+    with pytest.raises(ValueError, match="A single example often makes another one"):
+        hoisted(PARAMS, hoisted.prepare(PARAMS, X)[:1])
 
 
 CHANGED: dict[str, Any] = {

@@ -28,8 +28,7 @@ from frozen_optax._trees import paths_of
 _PROGRAM = "the program"
 # What it is that may be another, where the name of a word does not say it.
 _REASONS = {
-    _PROGRAM: "the function, a constant in it, what is frozen, or what is kept: labels, too, are "
-    "kept in the form in which the function reads them",
+    _PROGRAM: "the function, a constant in it, what is frozen, or what is kept of the arguments",
 }
 # Of jax, that change numbers.
 _SETTINGS = (

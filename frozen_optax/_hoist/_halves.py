@@ -63,10 +63,16 @@ def rest(split: Split, rows: Rows, leaves: Sequence[Leaf]) -> list[Any]:
         if var in read and var not in values
     ]
     if missing:
+        single = (
+            " A single example often makes another one: leave it out, or join it to others."
+            if len(rows) == 1
+            else ""
+        )
         raise ValueError(
             f"the rows do not hold what this function needs of {', '.join(missing)}: they were "
             "prepared by another function, of another selection, of parameters of other shapes, or "
             "it is another program with this batch size. Prepare them by this hoisted function."
+            + single
         )
     needed = [var for var in values if var in read and var not in made]
     return part_of(split.jaxpr, needed, eqns, split.jaxpr.outvars)(*(values[v] for v in needed))
