@@ -218,10 +218,10 @@ def assert_few(fun, hoisted, params, data, rows, picked):
 
 
 def test_random_programs_are_what_their_halves_are():
-    assert sum(map(check, range(4))) > 1
+    assert sum(map(check, range(3))) > 1
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("first", range(4, 64, 20))
+@pytest.mark.parametrize("first", range(3, 63, 20))
 def test_more_random_programs_are_what_their_halves_are(first):
     assert sum(map(check, range(first, first + 20)))
