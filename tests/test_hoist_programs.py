@@ -90,6 +90,49 @@ TWO = [
     lambda x, y: x[jnp.argmax(y, -1)],
     lambda x, y: jnp.searchsorted(jnp.arange(3.0), x[:, 0])[:, None] * y,
 ]
+# The same, of which some know how many examples there are; done as they are, or within a program.
+WITHIN = [
+    jnp.tanh,
+    lambda x: x[::-1],
+    lambda x: x - x.mean(0),
+    lambda x: jnp.cumsum(x, -1),
+    lambda x: x * len(x),
+    lambda x: x + jnp.ones(len(x)).sum(),
+    lambda x: x.at[0].set(1.0),
+    lambda x: x.at[..., 0].set(1.0),
+    lambda x: jnp.roll(x, 1, -1),
+    lambda x: x + lax.map(jnp.sin, jnp.ones(len(x))).sum(),
+    lambda x: lax.fori_loop(0, len(x), lambda i, x: x * 1.1, x),
+]
+PROGRAMS = [
+    lambda f: jax.checkpoint(f),
+    lambda f: lambda x: lax.cond(True, f, jnp.sin, x),
+    lambda f: lambda x: lax.fori_loop(0, 2, lambda i, x: f(x), x),
+    lambda f: lambda x: lax.scan(lambda c, _: (f(c), c), x, None, length=2)[1][1],
+    lambda f: lambda x: lax.map(f, x),
+    lambda f: lambda x: lax.map(lambda row: f(row) + len(x), x),
+    lambda f: lambda x: lax.map(lambda row: f(jnp.ones(len(x))).sum() * row, x),
+    lambda f: lambda x: lax.map(lambda row: lax.fori_loop(0, len(x), lambda _, r: f(r), row), x),
+    lambda f: jax.vmap(f),
+    lambda f: jax.vmap(f, in_axes=1),
+    lambda f: jax.vmap(f, in_axes=1, out_axes=1),
+]
+OF_EACH = [  # of an example's part of each
+    lambda x, y: x * y.sum(),
+    lambda x, y: x[jnp.argmax(y) % len(x)],
+    lambda x, y: x.at[jnp.argmax(y)].set(2.0),
+    lambda x, y: x.at[jnp.argmax(y)].add(y.sum()),
+    lambda x, y: lax.dynamic_slice_in_dim(x, jnp.argmax(y), 1),
+    lambda x, y: lax.dynamic_update_slice_in_dim(x, x[:1] * 2, jnp.argmax(y), 0),
+    lambda x, y: lax.cond(y.sum() > 0, jnp.sin, jnp.cos, x),
+    lambda x, y: lax.while_loop(lambda x: jnp.abs(x).max() > 0.5, lambda x: x / 2, x),
+]
+PLACES = [lambda i: i, lambda i: i[:], lambda i: i ^ 1, lambda i: i[::-1], lambda i: i - 1]
+AT_PLACES = [
+    lambda x, y, each: x[each, jnp.argmax(y, -1) % x.shape[1]],
+    lambda x, y, each: x[each[:, None], jnp.argsort(y, -1) % x.shape[1]],
+    lambda x, y, each: x.at[each[:, None], jnp.argsort(y, -1)[:, :1] % x.shape[1]].set(0.0),
+]
 WEIGHTS = [
     lambda x, w: x @ w[: x.shape[-1]],
     lambda x, w: jnp.take(w, jnp.abs(x).astype(jnp.int32) % 4, 0),
@@ -106,14 +149,20 @@ def program(seed):
         random = np.random.default_rng(seed)
         of = lambda options: options[int(random.integers(len(options)))]
         arrays = [x, z]
-        for _ in range(8):
-            kind = of(["one", "one", "one", "two", "weights"])
-            late = of(arrays[-3:])
+        for _ in range(6):
+            kind = of(["one", "one", "two", "weights", "within", "each", "places"])
+            late, other, within = of(arrays[-3:]), of(arrays), of(WITHIN)
             try:
                 if kind == "one":
                     new = of(ONE)(late)
                 elif kind == "two":
-                    new = of(TWO)(late, of(arrays))
+                    new = of(TWO)(late, other)
+                elif kind == "within":
+                    new = of(PROGRAMS)(within)(late)
+                elif kind == "each":
+                    new = jax.vmap(of(OF_EACH))(late, other)
+                elif kind == "places":
+                    new = of(AT_PLACES)(late, other, of(PLACES)(jnp.arange(len(late))))
                 else:
                     new = of(WEIGHTS)(late, params["frozen"])
             except (TypeError, ValueError, IndexError, ZeroDivisionError):
@@ -148,17 +197,31 @@ def check(seed):
         expected = by_equation(fun)(params, *(each[order] for each in data))
         # Products of other rows may be summed in another order.
         np.testing.assert_allclose(hoisted(params, rows[order]), expected, rtol=1e-4, atol=1e-4)
+    assert_few(fun, hoisted, params, data, rows, np.array([4, 1, 2]))
     kept = np.delete(np.arange(SIZE), 2)
     assert same_bits(rows[kept].each, others[kept].each), seed
     assert same_bits(rows.shared, others.shared), seed
     return True
 
 
+def assert_few(fun, hoisted, params, data, rows, picked):
+    """Rows serve another number of examples, or it is another program and they are refused."""
+    try:
+        found = jax.jit(hoisted)(params, rows[picked])
+    except ValueError as error:
+        refusals = ("another program with this batch size", "cannot be traced with")
+        if any(each in str(error) for each in refusals):
+            return
+        raise
+    expected = jax.jit(fun)(params, *(each[picked] for each in data))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_random_programs_are_what_their_halves_are():
-    assert sum(map(check, range(12))) > 2
+    assert sum(map(check, range(3))) > 1
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("first", range(12, 72, 20))
+@pytest.mark.parametrize("first", range(3, 63, 20))
 def test_more_random_programs_are_what_their_halves_are(first):
     assert sum(map(check, range(first, first + 20)))

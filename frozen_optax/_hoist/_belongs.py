@@ -28,8 +28,7 @@ from frozen_optax._trees import paths_of
 _PROGRAM = "the program"
 # What it is that may be another, where the name of a word does not say it.
 _REASONS = {
-    _PROGRAM: "the function, a constant in it, what is frozen, or what is kept: labels, too, are "
-    "kept in the form in which the function reads them",
+    _PROGRAM: "the function, a constant in it, what is frozen, or what is kept of the arguments",
 }
 # Of jax, that change numbers.
 _SETTINGS = (
@@ -62,7 +61,9 @@ def belongings(
     words[_PROGRAM] = digest(*kept.each, "shared", *kept.shared)
     words |= {f"array {i} of the rows": str(column) for i, column in enumerate(columns)}
     for path, leaf, what in zip(paths_of(batch), jax.tree.leaves(batch), kept.leaves, strict=True):
-        words[f"argument {path!r} of a batch"] = _argument(leaf, what)
+        name, word = f"argument {path!r} of a batch", _argument(leaf, what)
+        # Two of one path, {"a/b": ..., "a": {"b": ...}}, are told together.
+        words[name] = f"{words[name]}; {word}" if name in words else word
     return words | {f"the frozen leaf {path!r}": each for path, each in frozen.items()}
 
 

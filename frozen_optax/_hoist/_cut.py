@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
@@ -33,7 +34,7 @@ def is_cheap(eqn: JaxprEqn) -> bool:
 
 def border(split: Split) -> tuple[list[str], list[str]]:
     """The digests of what to keep: an example's, and shared."""
-    of_examples = _smallest_cut(split)
+    of_examples = _as_given(split, _smallest_cut(split))
     kept = set(of_examples)
     return of_examples, _shared(split, kept)
 
@@ -107,6 +108,32 @@ def _smallest_cut(split: Split) -> list[str]:
                 seen.add(int(row))
                 beyond.append(int(row))
     return [name for name, first in nodes.items() if first + 1 in seen and first not in seen]
+
+
+def _as_given(split: Split, digests: Sequence[str]) -> list[str]:
+    """The same, but integers as they were given in the place of what they alone are made to.
+
+    A label takes no more room as it is than as an index of a look-up, and other programs read it:
+    that for a single example, often, and one that is written otherwise next year.
+    """
+    given: dict[str, str] = {}  # by what is made of it alone, cheaply
+    for var in split.jaxpr.invars:
+        value, dtype = split.values[var], getattr(var.aval, "dtype", np.dtype(float))
+        is_integer = dtype == np.dtype(bool) or jnp.issubdtype(dtype, jnp.integer)
+        if value.digest and value.batch and is_integer:
+            given[value.digest] = value.digest
+    sizes = {value.digest: value.size for value in split.values.values()}
+    for eqn in split.eqns:
+        operands = [split.values[atom] for atom in split.read(eqn.invars)]
+        sources = {given.get(each.digest or "", "") for each in operands if each.batch}
+        if len(sources) != 1 or "" in sources or not is_cheap(eqn):
+            continue
+        for value in map(split.values.get, eqn.outvars):
+            if value and value.digest and value.made_of == frozenset({"data"}):
+                given.setdefault(value.digest, *sources)
+    found = [given.get(digest, digest) for digest in digests]
+    pairs = zip(digests, found, strict=True)
+    return list(dict.fromkeys(b if sizes[b] <= sizes[a] else a for a, b in pairs))
 
 
 def _shared(split: Split, kept: set[str]) -> list[str]:

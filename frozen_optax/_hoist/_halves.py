@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from frozen_optax._hoist._cut import equations_for, variables_of
 from frozen_optax._hoist._programs import part_of
@@ -36,13 +37,14 @@ def rest(split: Split, rows: Rows, leaves: Sequence[Leaf]) -> list[Any]:
     """The second half: the results of the program, from rows and what is given beside them.
 
     Raises:
-      ValueError: the rows do not hold what it needs.
+      ValueError: the rows do not hold what it needs, or hold it in another shape or dtype.
     """
     kept = dict(zip((*rows.kept.each, *rows.kept.shared), (*rows.each, *rows.shared), strict=True))
-    of_rows = {var: kept[v.digest] for var, v in split.values.items() if v.digest in kept}
-    for var, array in of_rows.items():
-        value = split.values[var]
-        of_rows[var] = _from_rows(array, value.batch, var.aval.shape)
+    of_rows = {
+        var: _from_rows(kept[value.digest], value.batch, var.aval)
+        for var, value in split.values.items()
+        if value.digest in kept
+    }
     values = dict(zip(split.jaxpr.constvars, split.consts, strict=True))
     given = zip(split.jaxpr.invars, leaves, split.given, strict=True)
     values.update((var, leaf) for var, leaf, each in given if each.kind != "data")
@@ -61,10 +63,16 @@ def rest(split: Split, rows: Rows, leaves: Sequence[Leaf]) -> list[Any]:
         if var in read and var not in values
     ]
     if missing:
+        single = (
+            " A single example often makes another one: leave it out, or join it to others."
+            if len(rows) == 1
+            else ""
+        )
         raise ValueError(
             f"the rows do not hold what this function needs of {', '.join(missing)}: they were "
             "prepared by another function, of another selection, of parameters of other shapes, or "
             "it is another program with this batch size. Prepare them by this hoisted function."
+            + single
         )
     needed = [var for var in values if var in read and var not in made]
     return part_of(split.jaxpr, needed, eqns, split.jaxpr.outvars)(*(values[v] for v in needed))
@@ -81,16 +89,32 @@ def _named(split: Split, digests: Sequence[str]) -> dict[str, Any]:
 
 
 def _to_rows(array: Any, batch: Batch | None) -> Any:
-    array = jnp.asarray(array)
+    # What is kept as it was given is copied: a loader may write the next batch into its array.
+    array = jnp.array(array) if isinstance(array, np.ndarray) else jnp.asarray(array)
     if batch is None or batch == (0, 1):
         return array
     array = jnp.moveaxis(array, batch.axis, 0)
     return array if batch.block == 1 else array.reshape(-1, batch.block, *array.shape[1:])
 
 
-def _from_rows(array: Any, batch: Batch | None, shape: tuple[int, ...]) -> Any:
+def _from_rows(array: Any, batch: Batch | None, aval: Any) -> Any:
+    expected = _shape_in_rows(batch, aval.shape)
+    if (tuple(array.shape), array.dtype) != (expected, aval.dtype):
+        raise ValueError(
+            f"an array of the rows is {array.dtype}{list(array.shape)}, and it was "
+            f"{aval.dtype}{list(expected)} as prepare made it. Rows are picked by rows[indices] "
+            "and served as they are; for a scan over parts of a batch, pick within its body."
+        )
     if batch is None or batch == (0, 1):
         return array
     if batch.block > 1:
         array = array.reshape(-1, *array.shape[2:])
-    return jnp.moveaxis(array, 0, batch.axis).reshape(shape)
+    return jnp.moveaxis(array, 0, batch.axis).reshape(aval.shape)
+
+
+def _shape_in_rows(batch: Batch | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if batch is None:
+        return shape
+    of_one = shape[: batch.axis] + shape[batch.axis + 1 :]
+    size = shape[batch.axis] // batch.block
+    return (size, *of_one) if batch.block == 1 else (size, batch.block, *of_one)

@@ -23,6 +23,11 @@ from frozen_optax._selectors import Selector
 from frozen_optax._signature import as_list
 from frozen_optax._typing import Frozen, Leaf, PyTree
 
+_TAKEN_FOR_KEYS = (
+    "Arguments of live_argnums were taken for PRNG keys. If they are something else, give their "
+    "shapes and dtypes: live=(jax.ShapeDtypeStruct((), jnp.int32),)."
+)
+
 
 def hoist(
     fun: Callable[..., Any],
@@ -135,10 +140,13 @@ class Hoisted:
                 f"{len(live_args)} arguments were given after the rows, and live_argnums names "
                 f"{len(self._live)}."
             )
-        sizes = {array.shape[0] for array in rows.each}
-        if len(sizes) != 1:
-            raise ValueError(f"the arrays of the rows have different lengths: {sorted(sizes)}.")
-        size = sizes.pop()
+        sizes = {array.shape[:1] for array in rows.each}
+        if len(sizes) != 1 or () in sizes:
+            raise ValueError(
+                f"the arrays of the rows have {sorted(sizes)} as lengths, expected one of all. For "
+                "a function of a single example, as under jax.vmap, pick rows[i : i + 1] within."
+            )
+        ((size,),) = sizes
         leaves = [
             each.at(size) if isinstance(each, ArrayOf) else each.value for each in rows.kept.leaves
         ]
@@ -165,10 +173,15 @@ class Hoisted:
             twice as many; random numbers are drawn by data; nothing can be hoisted: the message
             names the operation that it ended at.
         """
-        if live is None:
+        if is_told_nothing := live is None:
             live = [jax.eval_shape(lambda: jax.random.key(0)) for _ in self._live]
         whole = self._in_order(args, live)
-        traced = self._trace(params, whole)
+        try:
+            traced = self._trace(params, whole)
+        except Exception as error:
+            if self._live and is_told_nothing:
+                error.add_note(_TAKEN_FOR_KEYS)
+            raise
         each, shared = border(traced.split)
         _require_gain(traced.split, each, shared)
         values = hoisted_values(traced.split, each, shared, traced.leaves)

@@ -9,6 +9,7 @@ import jax
 import jax.extend as jex
 from jax.extend.core import JaxprEqn
 
+from frozen_optax._hoist._places import Fact, fact_of, looked_up
 from frozen_optax._jaxprs import Jaxpr, Program, opened
 
 _CALLS = ("jit", "pjit")  # versions of jax call it the one or the other
@@ -42,31 +43,45 @@ def part_of(
 def flat(function: Callable[..., list[Any]], avals: Sequence[Any]) -> Program:
     """A function of arrays as a program in which nested calls of `jit` are written out.
 
+    Where each example is looked up at its own place, that is written so, too (`_places.py`).
     A call that says where its arrays lie is left whole, and so are calls with a derivative of their
     own, branches, loops and `jax.checkpoint`.
     """
     # Else loops would be written out, too, under `jax.disable_jit()`, and the program be another.
     with jax.disable_jit(False):
         program = jax.make_jaxpr(function)(*avals)
-        return jax.make_jaxpr(lambda *values: _written_out(program, values))(*avals)
+        nothing = [None] * len(avals)
+        return jax.make_jaxpr(lambda *values: _written_out(program, values, nothing)[0])(*avals)
 
 
-def _written_out(program: Program, values: Sequence[Any]) -> list[Any]:
+def _written_out(
+    program: Program, values: Sequence[Any], facts: Sequence[Fact]
+) -> tuple[list[Any], list[Fact]]:
+    """The results of a program, and what is known of them, of its operands and what is of these."""
     jaxpr, consts = opened(program)
-    known = dict(zip(jaxpr.constvars, consts, strict=True))
-    known.update(zip(jaxpr.invars, values, strict=True))
+    made = dict(zip(jaxpr.constvars, consts, strict=True))
+    made.update(zip(jaxpr.invars, values, strict=True))
+    known = dict(zip(jaxpr.invars, facts, strict=True))
 
     def read(atom: Any) -> Any:
-        return atom.val if is_literal(atom) else known[atom]
+        return atom.val if is_literal(atom) else made[atom]
+
+    def fact(atom: Any) -> Fact:
+        return None if is_literal(atom) else known.get(atom)
 
     for eqn in jaxpr.eqns:
+        operands, of_operands = list(map(read, eqn.invars)), list(map(fact, eqn.invars))
         if _is_plain_call(eqn):
-            results = _written_out(eqn.params["jaxpr"], list(map(read, eqn.invars)))
+            results, of_results = _written_out(eqn.params["jaxpr"], operands, of_operands)
+        elif (found := looked_up(eqn, of_operands, operands)) is not None:
+            results, of_results = [found], [None]
         else:
             invars = list(dict.fromkeys(atom for atom in eqn.invars if not is_literal(atom)))
             results = part_of(jaxpr, invars, [eqn], eqn.outvars)(*map(read, invars))
-        known.update(zip(eqn.outvars, results, strict=True))
-    return list(map(read, jaxpr.outvars))
+            of_results = [fact_of(eqn, of_operands, operands)] if len(results) == 1 else []
+        made.update(zip(eqn.outvars, results, strict=True))
+        known.update(zip(eqn.outvars, of_results, strict=False))
+    return list(map(read, jaxpr.outvars)), list(map(fact, jaxpr.outvars))
 
 
 def _is_plain_call(eqn: JaxprEqn) -> bool:

@@ -151,6 +151,9 @@ def _flops(eqn: JaxprEqn) -> int:
         shape = eqn.invars[1].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
         features = shape[params["dimension_numbers"].rhs_spec[0]]
         return 2 * results * math.prod(shape) // features
+    if name == "fft":
+        turns = math.log2(max(2, math.prod(params["fft_lengths"])))
+        return round(2.5 * turns * max(results, _length(eqn.invars[0])))
     programs = [sum(map(_flops, opened(each)[0].eqns)) for each in subprograms(eqn)]
     if programs:
         turns = params["length"] if name == "scan" else 1

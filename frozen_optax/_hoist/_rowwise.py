@@ -151,7 +151,7 @@ def _axes_go(name: str) -> Rule:
     return rule
 
 
-def _one_other_axis(name: str) -> Rule:
+def _one_other_axis(name: str, default: int | None = None) -> Rule:
     """Something is done along an axis; all that has axes has the examples along the same other."""
 
     def rule(step: Step) -> bool:
@@ -160,7 +160,9 @@ def _one_other_axis(name: str) -> Rule:
             return False
         (batch,) = lie
         assert batch is not None
-        axis = step.params.get(name, -1)
+        axis = step.params.get(name, default)
+        if axis is None:
+            return False
         return axis % len(step.shape_of_result) != batch.axis
 
     return rule
@@ -177,7 +179,10 @@ def _stack(step: Step) -> bool:
 
 
 def _tile(step: Step) -> bool:
+    """The whole, as often for each example; or as often along an axis that is not theirs."""
     batch = step.ins[0]
+    if not batch:
+        return True
     return bool(batch) and step.params["reps"][batch.axis] == 1 and step.outs == [batch]
 
 
@@ -232,17 +237,38 @@ def _gather(step: Step) -> bool:
             if with_pairs[paired.index(array.axis)] != indices.axis:
                 return False
         return out.axis == looked_up[indices.axis]
-    # The same parts of each example's are taken.
-    if not array or array.axis in (*numbers.collapsed_slice_dims, *paired):
+    # The same parts of each example's are taken, of all of them, wherever it is said to begin.
+    window = _window_axes(step, numbers.collapsed_slice_dims, paired)
+    if not array or array.axis not in window:
         return False
-    if array.axis in numbers.start_index_map:
+    return out == (numbers.offset_dims[window.index(array.axis)], array.block)
+
+
+def _window_axes(step: Step, *others: Sequence[int]) -> list[int]:
+    """The axes of the first operand of which a window is looked up or written."""
+    left_out = {axis for each in others for axis in each}
+    return [axis for axis in range(len(step.shape(0))) if axis not in left_out]
+
+
+def _scatter(step: Step) -> bool:
+    array, indices, updates = step.ins
+    numbers, out = step.params["dimension_numbers"], step.outs[0]
+    if not array or not updates or out != array or step.params["update_consts"]:
         return False
-    left = [
-        axis
-        for axis in range(len(step.shape(0)))
-        if axis not in (*numbers.collapsed_slice_dims, *paired)
-    ]
-    return out == (numbers.offset_dims[left.index(array.axis)], array.block)
+    if updates.block != array.block:
+        return False
+    paired, with_pairs = numbers.operand_batching_dims, numbers.scatter_indices_batching_dims
+    in_windows = numbers.update_window_dims
+    if indices:  # each example is written to where it says
+        if array.axis not in paired or indices.block != array.block:
+            return False
+        if with_pairs[paired.index(array.axis)] != indices.axis:
+            return False
+        looked_up = [i for i in range(len(step.shape(2))) if i not in in_windows]
+        return updates.axis == looked_up[indices.axis]
+    # The same parts of each example's are written, of all of them.
+    window = _window_axes(step, numbers.inserted_window_dims, paired)
+    return array.axis in window and updates.axis == in_windows[window.index(array.axis)]
 
 
 # --- products
@@ -330,6 +356,10 @@ def _scan(step: Step) -> bool:
             return False
         return _calls("jaxpr")(step)
     # One example after the other, as `jax.lax.map` does: nothing is carried from one to the next.
+    # So what it does with one knows nothing of how many there are.
+    of_one = dataclasses.replace(step.sizes, may_count=False)
+    pair = ({"jaxpr": each["jaxpr"]} for each in (step.params, step.twin.params))
+    of_one.params(*pair)
     shared = [batch for batch, scanned in zip(step.ins, is_scanned, strict=True) if not scanned]
     return (
         all(over_examples)
@@ -354,26 +384,30 @@ def _names(words: str) -> frozenset[str]:
 ELEMENTWISE = _names(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e"
     " bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type cos"
-    " cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a"
-    " igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne"
-    " neg nextafter not or polygamma population_count pow real reduce_precision"
+    " cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a"
+    " igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min"
+    " mul ne neg nextafter not one_minus_square or polygamma population_count pow real"
+    " reduce_precision"
     " regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic"
     " shift_right_logical sign sin sinh sqrt square sub tan tanh xor zeta"
 )
 
 # They return what they are given.
-_HANDED_ON = _names("copy copy_p device_put name optimization_barrier stop_gradient")
+_HANDED_ON = _names(
+    "copy copy_p device_put name optimization_barrier sharding_constraint stop_gradient"
+)
 
 # They put elements in other places, or leave some out, and compute nothing.
 MOVES = _HANDED_ON | _names(
     "broadcast_in_dim concatenate dynamic_slice dynamic_update_slice gather iota pad reshape rev"
-    " slice split squeeze stack tile transpose unstack"
+    " scatter slice split squeeze stack tile transpose unstack"
 )
 
 REDUCTIONS = _names(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor"
 )
 
+_SCATTERS = _names("scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub")
 _CUMULATIVE = _names("cumlogsumexp cummax cummin cumprod cumsum")
 _WINDOWS = _names("reduce_window reduce_window_max reduce_window_min reduce_window_sum")
 
@@ -390,6 +424,7 @@ RULES: Mapping[str, Rule] = {
     "pad": _pad,
     "reshape": _reshape,
     "rev": _rev,
+    **dict.fromkeys(_SCATTERS, _scatter),
     "slice": _slice,
     "split": _one_other_axis("axis"),
     "squeeze": _axes_go("dimensions"),
@@ -402,7 +437,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_CUMULATIVE, _one_other_axis("axis")),
     "reduce": _axes_go("dimensions"),
     "sort": _one_other_axis("dimension"),
-    "top_k": _one_other_axis("axis"),
+    "top_k": _one_other_axis("axis", -1),  # some versions know of the last one alone
     # Products and windows.
     "conv_general_dilated": _convolution,
     "dot_general": _dot,

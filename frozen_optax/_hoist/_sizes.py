@@ -26,7 +26,7 @@ _OF_DERIVATIVES = {
 # A function that is there as a program, too, in the parameter `jaxpr`.
 _AS_A_PROGRAM = {"computation"}
 # The parameters that may hold lengths of axes.
-_LENGTHS = ("shape", "new_sizes", "limit_indices", "slice_sizes", "sizes", "length")
+_LENGTHS = ("shape", "new_sizes", "limit_indices", "slice_sizes", "sizes", "length", "reps")
 
 
 class Differs(Exception):
@@ -42,9 +42,10 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The two batch sizes."""
+    """The two batch sizes; whether a length may count examples at all."""
 
     size: int
+    may_count: bool = True
 
     @property
     def other(self) -> int:
@@ -56,7 +57,7 @@ class Sizes:
         if one == other:
             return one
         count = one // self.size
-        if one == count * self.size and other == count * self.other:
+        if self.may_count and one == count * self.size and other == count * self.other:
             return f"{count} a example"
         raise Differs(f"it depends on the batch size: {one} with {self.size} examples")
 
@@ -94,6 +95,8 @@ class Sizes:
 
     def _lengths(self, one: Any, other: Any) -> str:
         if isinstance(one, (tuple, list)):
+            if len(one) != len(other):
+                raise Differs("it depends on the batch size")
             return str([self.length(*pair) for pair in zip(one, other, strict=True)])
         return str(self.length(one, other))
 

@@ -57,10 +57,12 @@ class Given:
     Attributes:
       name: its path, or that of its argument.
       kind: `"frozen"`, `"trained"`, `"data"` or `"live"`.
+      before: how many inputs before it have its name: `{"a/b": ..., "a": {"b": ...}}`.
     """
 
     name: str
     kind: str
+    before: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _input(aval: Any, other: Any, given: Given, sizes: Sizes) -> Value:
         return Value(cause=given.name)
     batch = sizes.batch(aval, other)
     size = _bytes(aval) // (sizes.size if batch else 1)
-    words = digest(given.kind, given.name, sizes.aval(aval, other))
+    words = digest(given.kind, given.name, str(given.before), sizes.aval(aval, other))
     return Value(words, batch, size, frozenset({given.kind}))
 
 

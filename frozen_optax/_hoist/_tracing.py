@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from frozen_optax import _bits
 from frozen_optax._hoist._programs import flat
@@ -21,7 +23,7 @@ from frozen_optax._hoist._split import Given, Split, split
 from frozen_optax._messages import quoted
 from frozen_optax._proofs._trace import Inputs, Values, abstract, is_array_or_float, is_number
 from frozen_optax._selectors import Selector, resolve
-from frozen_optax._trees import is_traced
+from frozen_optax._trees import is_traced, paths_of
 from frozen_optax._typing import Leaf, PyTree
 from frozen_optax._variables import refuse_changed
 
@@ -123,6 +125,8 @@ def _inputs(
     for place, arg in enumerate(args, 1):
         name = _name(fun, place)
         kind = "live" if place in live else "data"
+        if kind == "data":
+            _require_numbers(name, arg)
         group, make = inputs.add(name, arg, is_array_or_float)
         makes.append(make)
         for path, leaf in zip(group.paths, group.leaves, strict=True):
@@ -132,7 +136,28 @@ def _inputs(
                     f"Name it in live_argnums={place} and give it after the rows."
                 )
             given.append(Given(f"{name} {path!r}" if path else name, kind))
-    return inputs, makes, given
+    return inputs, makes, _told_apart(given)
+
+
+def _require_numbers(name: str, arg: PyTree) -> None:
+    """Raise for an array of strings or objects: it has an element an example, and no rows."""
+    for path, leaf in zip(paths_of(arg), jax.tree.leaves(arg), strict=True):
+        if isinstance(leaf, np.ndarray) and not is_array_or_float(leaf):
+            place = f"{name} {path!r}" if path else name
+            raise TypeError(
+                f"{place} is an array of {leaf.dtype}, and rows hold numbers. Leave it out of what "
+                "is prepared, or give numbers in its place: ids, indices in a table."
+            )
+
+
+def _told_apart(given: Sequence[Given]) -> list[Given]:
+    """Inputs of which no two are alike: a path that is written in two ways stands for two."""
+    seen = Counter[Given]()
+    found = list[Given]()
+    for each in given:
+        found.append(dataclasses.replace(each, before=seen[each]))
+        seen[each] += 1
+    return found
 
 
 def aval_of(leaf: Leaf) -> jax.ShapeDtypeStruct:

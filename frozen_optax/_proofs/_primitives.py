@@ -71,6 +71,7 @@ def _samples() -> list[tuple[Callable[[Any], Any], Any]]:
         (lambda x: jnp.stack([x, x]), array),
         (lambda x: jnp.unstack(x), array),
         (lambda x: jnp.tile(x, 2), array),
+        (lambda x: x.at[0].subtract(1.0), array),
         (lambda x: ad_checkpoint.checkpoint_name(x, "x"), array),
         (jax.checkpoint(jnp.sin), array),
         (with_derivative, array),
