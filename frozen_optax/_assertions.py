@@ -256,8 +256,8 @@ def assert_frozen(
         leaves.
       ValueError: nothing is selected, which a check would always pass; a pattern selects nothing,
         or a mask does not fit; the trees differ in structure or hold the same `nnx.Variable`, or an
-        array was donated, or is a shape alone. With `expect_movement`: everything is frozen, and nobody said so (`"**"`,
-        `True`).
+        array was donated, or is a shape alone. With `expect_movement`: everything is frozen, and
+        nobody said so (`"**"`, `True`).
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp

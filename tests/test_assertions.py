@@ -173,7 +173,7 @@ def test_shapes_without_values_are_refused_and_never_pass():
             lambda b=before, a=after: fo.assert_frozen(a, a | {"head": b["head"]}, "encoder"),
         ]
         for check in checks:
-            with pytest.raises(ValueError, match="'(encoder|head)' is a shape and has no values"):
+            with pytest.raises(ValueError, match=r"'(encoder|head)' is a shape and has no values"):
                 check()
 
 
