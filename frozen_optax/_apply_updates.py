@@ -11,7 +11,15 @@ import numpy as np
 from frozen_optax import _bits
 from frozen_optax._elements import resolve_in_part
 from frozen_optax._parts import Part
-from frozen_optax._trees import describe, is_hole, is_number, is_traced, paths_of, up_to
+from frozen_optax._trees import (
+    describe,
+    is_at_hand,
+    is_hole,
+    is_number,
+    is_python_number,
+    paths_of,
+    up_to,
+)
 from frozen_optax._typing import Frozen, Leaf, PyTree
 
 
@@ -68,9 +76,11 @@ def _apply_in_part(part: Part, param: Leaf, update: Leaf) -> Leaf:
 
 def _refuse_movement(path: str, part: Part | None, param: Leaf, update: Leaf) -> None:
     """Raise where the update of what is frozen is at hand, and not zero."""
-    is_at_hand = _bits.is_array(update) and not is_traced(update) and is_number(update)
-    if not is_at_hand or _bits.is_key(update) or _bits.is_known_zero(update):
+    if not (is_number(update) and is_at_hand(update)) or _bits.is_known_zero(update):
         return
+    found = describe(update)
+    if is_python_number(update):
+        update = np.asarray(bool(update))  # of any size, and of any kind
     with jax.ensure_compile_time_eval():  # under a trace, too, what is at hand has its value
         moves = jnp.asarray(update) != 0
         if part is not None and np.shape(update) == part.shape:
@@ -79,7 +89,7 @@ def _refuse_movement(path: str, part: Part | None, param: Leaf, update: Leaf) ->
     if is_moved:
         what = "is frozen" if part is None else "has frozen elements"
         raise ValueError(
-            f"{path!r} {what}, and its update there is not zero: {describe(update)} comes from an "
+            f"{path!r} {what}, and its update there is not zero: {found} comes from an "
             "optimizer that trains it. Give the optimizer that made the updates, frozen=tx."
         )
 

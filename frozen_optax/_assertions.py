@@ -38,6 +38,16 @@ def _has_bits(leaf: Leaf) -> bool:
     return isinstance(leaf, (jax.Array, bool, float, complex))
 
 
+def _require_values(path: str, *leaves: Leaf) -> None:
+    """Raise where the values of an array are gone, or never were there."""
+    require_alive(path, *leaves)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise ValueError(
+            f"{path!r} is a shape and has no values, so nothing can be told of its bits. Pass the "
+            "tree of arrays that it is the shape of."
+        )
+
+
 def _as_bits(leaf: Leaf) -> Array:
     return _bits.bits(leaf if _bits.is_array(leaf) else np.asarray(leaf))
 
@@ -121,7 +131,7 @@ def _bits_of(pairs: Sequence[_Pair]) -> tuple[dict[str, Array], dict[str, Array]
 def _assert_bits(pairs: Sequence[_Pair], claim: str, kind: Callable[[Leaf], str]) -> None:
     """Raises an AssertionError that names the path of each pair whose bits or kind differ."""
     for path, before, after in pairs:
-        require_alive(path, before, after)
+        _require_values(path, before, after)
 
     def report(
         difference: Callable[[Leaf, Leaf], str | None], pairs_in_doubt: Sequence[_Pair]
@@ -167,8 +177,8 @@ def assert_trees_bit_identical(*trees: PyTree) -> None:
     Raises:
       AssertionError: they differ; the message names the paths, for each the first differing index
         and both values with their bits.
-      ValueError: fewer than two trees are given, an array was donated, or two trees hold the same
-        `nnx.Variable`.
+      ValueError: fewer than two trees are given, an array was donated or is a shape alone, or two
+        trees hold the same `nnx.Variable`.
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp
@@ -246,8 +256,8 @@ def assert_frozen(
         leaves.
       ValueError: nothing is selected, which a check would always pass; a pattern selects nothing,
         or a mask does not fit; the trees differ in structure or hold the same `nnx.Variable`, or an
-        array was donated. With `expect_movement`: everything is frozen, and nobody said so (`"**"`,
-        `True`).
+        array was donated, or is a shape alone. With `expect_movement`: everything is frozen, and
+        nobody said so (`"**"`, `True`).
 
     Example:
       >>> import frozen_optax as fo, jax.numpy as jnp
@@ -265,7 +275,7 @@ def assert_frozen(
     for (index, path), other in zip(named, others, strict=True):
         leaf = leaves[index]
         if index in resolution.parts and describe(leaf) == describe(other):
-            require_alive(path, leaf, other)
+            _require_values(path, leaf, other)
             part, (was, now) = resolution.parts[index], _at_hand(leaf, other)
             frozen_pairs.append((path, was, part.choose(now, was)))
             trained.append((path, was, part.choose(was, now)))
@@ -277,7 +287,7 @@ def assert_frozen(
         return
     moved: bool | Array = False
     for path, left, right in trained:
-        require_alive(path, left, right)
+        _require_values(path, left, right)
         moved = moved | _moved(left, right)
     if is_traced(moved):
         chex.assert_trees_all_equal(

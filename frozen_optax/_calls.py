@@ -272,7 +272,8 @@ def run_step(
 
     def run(call: Call) -> Any:
         resolution = call.frozen.resolution
-        if resolution is not step.checked:
+        is_new = resolution is not step.checked
+        if is_new:
             _look_once(step, call, skipped)
         compiled = compiled_for(call.frozen)
         try:
@@ -281,6 +282,9 @@ def run_step(
         except (RuntimeError, ValueError) as error:
             _explain(step.asked, call, skipped, error)
             raise
+        if is_new and resolution is step.checked:
+            # A step may name devices itself (`shard_map`), which no argument is on yet.
+            _tell_of_moves(step, call, jax.tree.leaves(returned))
         return result_of(step, call.frozen.leaves, returned)
 
     return with_rows(step, run, args, kwargs)
@@ -302,8 +306,7 @@ def _look_once(step: Stored, call: Call, skipped: set[int]) -> None:
         donated = _donations(asked, call, skipped)
         refuse_shared(call.frozen, donated, lambda leaf: {id(leaf)})
     _refuse_other_shardings(step, call)
-    if not step.has_told:
-        _tell_of_moves(step, call)
+    _tell_of_moves(step, call, jax.tree.leaves((call.others, call.args, call.kwargs)))
     step.checked = call.frozen.resolution
 
 
@@ -333,10 +336,9 @@ def _refuse_other_shardings(step: Stored, call: Call) -> None:
     jax.tree.map(compare, said, result, is_leaf=lambda node: node is None)
 
 
-def _moved(asked: Asked, call: Call) -> Iterator[str]:
+def _moved(asked: Asked, call: Call, others: Sequence[Leaf]) -> Iterator[str]:
     """The frozen leaves that are not where the step needs them, and where they are."""
     resolution, frozen = call.frozen.resolution, call.frozen.leaves
-    others = (*call.others.leaves, *jax.tree.leaves((call.args, call.kwargs)))
     target = target_of([*frozen, *others])
     shardings, _ = partition_leaves(resolution, _in_shardings(asked, resolution))
     for path, leaf, sharding in zip(call.frozen.paths, frozen, shardings, strict=True):
@@ -344,9 +346,9 @@ def _moved(asked: Asked, call: Call) -> Iterator[str]:
             yield f"{path!r} ({place})"
 
 
-def _tell_of_moves(step: Stored, call: Call) -> None:
-    """Warn of frozen leaves that are moved at each call."""
-    moved = list(_moved(step.asked, call))
+def _tell_of_moves(step: Stored, call: Call, others: Sequence[Leaf]) -> None:
+    """Warn once of frozen leaves that are moved at each call, as others of its leaves lie."""
+    moved = [] if step.has_told else list(_moved(step.asked, call, others))
     if not moved:
         return
     step.has_told = True

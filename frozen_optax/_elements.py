@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -144,7 +144,7 @@ class Elements:
     It prints as it was said, and remembers how it lay over the last few trees.
     """
 
-    def __init__(self, said: Mapping[Any, _Said]):
+    def __init__(self, said: Mapping[Hashable, _Said]):
         self._said = said
         self._parts: dict[Hashable, Part] = {}
         self._laid: Memory[Resolution] = Memory()
@@ -168,16 +168,25 @@ class Elements:
             }
         )
 
+    @classmethod
+    def joined(cls, several: Iterable[Elements]) -> Elements | None:
+        """What was told several times, of different leaves; None if nothing was."""
+        said: dict[Hashable, _Said] = {
+            (number, key): each
+            for number, elements in enumerate(several)
+            for key, each in elements._said.items()
+        }
+        return cls(said) if said else None
+
+    def narrowed(self, narrow: Callable[[Selector], Selector]) -> Elements:
+        """The same of other leaves, those that `narrow` makes of each selection."""
+        return Elements(
+            {key: said._replace(selector=narrow(said.selector)) for key, said in self._said.items()}
+        )
+
     def within(self, where: Where | None) -> Elements:
         """The same in a larger state, in the parts of it that `where` names."""
-        if where is None:
-            return self
-        return Elements(
-            {
-                key: said._replace(selector=within(said.selector, where))
-                for key, said in self._said.items()
-            }
-        )
+        return self if where is None else self.narrowed(lambda selector: within(selector, where))
 
     @property
     def reads_more(self) -> bool:
@@ -196,7 +205,8 @@ class Elements:
         """
         leaves = jax.tree.leaves(tree)
         chosen: dict[int, _Said] = {}
-        for said in self._said.values():
+        named: dict[int, Hashable] = {}
+        for name, said in self._said.items():
             found = resolve(said.selector, tree)
             for index in itertools.compress(range(len(leaves)), found.selected):
                 if index in resolution.objects:  # it is frozen for what it is
@@ -213,9 +223,9 @@ class Elements:
                         f"by {said.key!r}. Leave it out of one of them; beside trainable=, name "
                         "it among what trains."
                     )
-                chosen[index] = said
+                chosen[index], named[index] = said, name
         parts = {
-            index: self._part(resolution.paths[index], said, leaves[index])
+            index: self._part(resolution.paths[index], named[index], said, leaves[index])
             for index, said in chosen.items()
         }
         if not parts:  # below a hole there may be such leaves
@@ -224,11 +234,11 @@ class Elements:
         known = self._laid.get(key)
         return known or self._laid.keep(key, PartialResolution.of(resolution, parts))
 
-    def _part(self, path: str, said: _Said, leaf: Leaf) -> Part:
+    def _part(self, path: str, name: Hashable, said: _Said, leaf: Leaf) -> Part:
         struct = spec(leaf)
         if not isinstance(struct, jax.ShapeDtypeStruct):
             raise TypeError(f"elements of {path!r}: it is {describe(leaf)}, and no array.")
-        key = (said.key, struct.shape, struct.dtype)
+        key = (name, struct.shape, struct.dtype)
         if key not in self._parts:
             self._parts[key] = _part(path, said, struct)
         return self._parts[key]

@@ -7,6 +7,7 @@ optimizer in which each group has a count of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, overload
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import optax
 
+from frozen_optax._elements import Elements
 from frozen_optax._selection import as_selector
 from frozen_optax._selectors import Reads, Selector, reads
 from frozen_optax._trees import View, describe, objects_in
@@ -135,6 +137,48 @@ class _AllBut(Selector):
         return " & ".join(f"~{group.selector!r}" for group in self.trained)
 
 
+# --- what groups freeze themselves
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Within(Selector):
+    """The leaves of a group that something else selects as well, if there are any."""
+
+    group: Selector
+    chosen: Selector
+
+    @property
+    def _reads(self) -> Reads:
+        return max(reads(self.group), reads(self.chosen))
+
+    @property
+    def _may_be_empty(self) -> bool:
+        return True  # it may be about another group
+
+    def _select(self, view: View) -> np.ndarray:
+        return self.group._choose(view) & self.chosen._choose(view)
+
+    def __repr__(self) -> str:
+        return f"{self.group!r} & {self.chosen!r}"
+
+
+def _over_what_trains(
+    transform: optax.GradientTransformation, freezing: Sequence[tuple[_Group, FrozenOptimizer]]
+) -> optax.GradientTransformation:
+    """A transform of several groups that does not see what their optimizers freeze in them."""
+    if not freezing:
+        return transform
+    narrow = lambda group: functools.partial(_Within, group.selector)
+    frozen = [narrow(group)(optimizer.frozen) for group, optimizer in freezing]
+    elements = Elements.joined(
+        optimizer.elements.narrowed(narrow(group))
+        for group, optimizer in freezing
+        if optimizer.elements is not None
+    )
+    # What is trained was looked at before.
+    return with_frozen(transform, frozen, elements=elements, allow_int=True, allow_zero=True)
+
+
 # --- the stages
 
 
@@ -190,6 +234,7 @@ class Stage:
             given it, and `start` the step at which it began to train. The counts in its state, and
             so its schedules, begin there.
           before: what comes before it, over all that trains in this stage: clipping by global norm.
+            It sees no gradient of what the optimizer of a group freezes in it.
 
         Raises:
           TypeError: `make` is no function.
@@ -202,7 +247,11 @@ class Stage:
         transforms: dict[Hashable, optax.GradientTransformation] = {}
         transforms |= {group.label: make(group.key, group.start) for group in self._trained}
         inner = optax.partition(transforms, self.labels)
-        return with_frozen(inner if before is None else optax.chain(before, inner), self.frozen)
+        if before is not None:
+            made = [(group, transforms[group.label]) for group in self._trained]
+            freezing = [(group, tx) for group, tx in made if isinstance(tx, FrozenOptimizer)]
+            inner = optax.chain(_over_what_trains(before, freezing), inner)
+        return with_frozen(inner, self.frozen)
 
 
 class Stages(Sequence[Stage]):

@@ -117,6 +117,7 @@ def handed(c: Choice, x: Any) -> Any:
         is_divided = has_axes(x) and jnp.shape(x)[0] % c.mesh.size == 0
         sharding = jax.sharding.NamedSharding(c.mesh, P("d") if is_divided else P())
         options.append(lambda: lax.with_sharding_constraint(x, sharding))
+        options.append(lambda: jax.device_put(x, sharding))
         if c.mesh.size == 1:  # two meshes in one program are of one size
             options.append(lambda: resharded(c, x))
     return c.of(options)()

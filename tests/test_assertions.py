@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import trying
 from flax import nnx
@@ -158,6 +159,22 @@ def test_a_donated_array_is_an_error_that_says_to_keep_a_copy():
     jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)(params)
     with pytest.raises(ValueError, match=r"the array at 'encoder/w' was donated.*Keep a copy"):
         fo.assert_frozen(params, before(), "encoder")
+
+
+def test_shapes_without_values_are_refused_and_never_pass():
+    params = {"encoder": jnp.ones((4, 2)), "head": jnp.ones(2)}
+    shapes = jax.eval_shape(lambda: params)
+    rows = fo.with_frozen(optax.sgd(1.0), elements={"encoder": slice(0, 2)})
+    for before, after in ((shapes, shapes), (params, shapes), (shapes, params)):
+        checks = [
+            lambda b=before, a=after: fo.assert_trees_bit_identical(b, a),
+            lambda b=before, a=after: fo.assert_frozen(b, a, "encoder", expect_movement=False),
+            lambda b=before, a=after: fo.assert_frozen(b, a, rows, expect_movement=False),
+            lambda b=before, a=after: fo.assert_frozen(a, a | {"head": b["head"]}, "encoder"),
+        ]
+        for check in checks:
+            with pytest.raises(ValueError, match=r"'(encoder|head)' is a shape and has no values"):
+                check()
 
 
 def test_no_selection_and_another_structure_are_errors():

@@ -353,6 +353,9 @@ def test_an_update_of_what_is_said_to_be_frozen_is_refused():
         updates = ours | {name: others[name]}
         with pytest.raises(ValueError, match=f"'{name}' {words}, and its update there is not zero"):
             fo.apply_updates(params, updates, tx)
+        for number in (1, -0.5, True, 2**40, float("nan")):  # of Python's: at hand as well
+            with pytest.raises(ValueError, match=f"'{name}' {words}"):
+                fo.apply_updates(params, ours | {name: number}, tx)
     with pytest.raises(ValueError, match="'encoder' is frozen, and its update there is not zero"):
         fo.apply_updates(params, others, trainable=["embed", "head"])
     # Of elements that train it may be anything; and under a trace what moves is not hidden.

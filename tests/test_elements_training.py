@@ -153,6 +153,32 @@ def test_in_a_stage_a_group_may_train_a_part_of_a_leaf():
     fo.assert_frozen(start, params, fo.with_frozen(OPTIMIZER, "encoder", elements=rows))
 
 
+def test_in_a_stage_what_a_group_freezes_steers_no_norm():
+    """Two groups call their leaves alike and freeze other rows; one freezes a leaf of its own."""
+    shapes = {"kernel": (8, 3), "scale": (3,)}
+    params = {group: {name: jnp.ones(shape) for name, shape in shapes.items()} for group in "abc"}
+    rows = {"a": slice(0, 6), "b": slice(2, None)}
+
+    def make(group, _):
+        if group == "c":
+            return fo.with_frozen(optax.sgd(1.0), "**/scale")
+        return fo.with_frozen(optax.sgd(1.0), elements={"**/kernel": rows[group]})
+
+    stage = fo.stages(dict.fromkeys("abc", 0), stop=1)[0]
+    tx = stage.optimizer(make, before=optax.clip_by_global_norm(1.0))
+    grads = jax.tree.map(jnp.ones_like, params)
+    loud = jax.tree.map(jnp.copy, grads)
+    for group, frozen in rows.items():
+        loud[group]["kernel"] = loud[group]["kernel"].at[frozen].set(jnp.nan)
+    loud["c"]["scale"] = jnp.full(3, jnp.nan)
+    state = tx.init(params)
+    quiet = tx.update(grads, state, params)
+    fo.assert_trees_bit_identical(tx.update(loud, state, params), quiet)
+    trained = 2 * 3 + 3 + 2 * 3 + 3 + 8 * 3
+    np.testing.assert_allclose(quiet[0]["b"]["kernel"][:2], -(trained**-0.5), rtol=1e-6)
+    np.testing.assert_allclose(optax.tree_utils.tree_norm(quiet[0]), 1.0, rtol=1e-6)
+
+
 def test_accumulation_inside_keeps_gradients_of_the_part_alone():
     tx = with_elements(slice(0, 6), optax.MultiSteps(OPTIMIZER, 2).gradient_transformation())
     params, state = make_params(), None

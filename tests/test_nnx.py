@@ -185,3 +185,27 @@ def test_a_filter_sees_the_variables_of_a_part_of_a_state():
     where = lambda whole: whole["model"]
     found = fo.fingerprint(state, nnx.Not(nnx.LoRAParam), where=where)
     assert {path.rpartition("/")[2] for path in found} == {"bias", "step"}
+
+
+def test_from_stage_to_stage_the_state_of_an_optimizer_goes_on() -> None:
+    class Two(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.base = nnx.Linear(2, 3, rngs=rngs)
+            self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    model = Two(nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    old: Any = None
+    state: Any = None
+    for stage in fo.stages({"head": 0, "base": 2}, stop=4):
+        tx = fo.with_frozen(optax.adam(0.1), stage.frozen)
+        new = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        if old is not None:
+            new.opt_state = fo.transfer_state(old.opt_state, new.opt_state)
+        state = fo.transfer_state(state, tx.init(params))
+        for _ in range(stage.start, stage.stop or 4):
+            new.update(model, jax.tree.map(jnp.sin, nnx.state(model, nnx.Param)))
+            updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
+            params = fo.apply_updates(params, updates)
+        assert_same_bits(weights(model), flat(params))
+        old = new

@@ -238,9 +238,19 @@ def test_integers_cut_and_joined_as_floats_over_devices_are_not_proved():
 def test_narrow_floats_placed_on_other_devices_lose_bits():
     leaf = spread("bfloat16")
     everywhere = jax.sharding.NamedSharding(leaf.sharding.mesh, P())
-    placed = lambda p: jax.lax.with_sharding_constraint(p, everywhere)
-    assert "odd bits" in proved(placed, leaf)
-    assert proved(placed, spread("float32"), exact=True) == "itself"
+    for place in (jax.lax.with_sharding_constraint, jax.device_put):
+        placed = lambda p, place=place: place(p, everywhere)
+        assert "odd bits" in proved(placed, leaf)
+        assert proved(placed, spread("float32"), exact=True) == "itself"
+
+
+def test_narrow_floats_put_onto_several_devices_lose_bits():
+    """On a CPU NaNs of float8_e5m2 are other NaNs where `jax.device_put` cuts such an array up."""
+    split = jax.sharding.NamedSharding(spread("float32").sharding.mesh, P("d"))
+    leaf, alone = jnp.ones(8, "float8_e5m2"), host_devices()[1]
+    assert "odd bits" in proved(lambda p: jax.device_put(p, split), leaf)
+    assert proved(lambda p: jax.device_put(p, split), jnp.ones(8), exact=True) == "itself"
+    assert proved(lambda p: jax.device_put(p, alone), leaf, exact=True) == "itself"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])

@@ -457,6 +457,18 @@ def test_a_backbone_on_one_device_beside_eight_is_told_of():
     fo.jit(moved, frozen="encoder")(jax.device_put(params, host_devices()[3]))
 
 
+def test_a_backbone_beside_devices_that_the_step_names_is_told_of():
+    mesh = Mesh(np.array(host_devices(8)), "x")
+    on_each = PartitionSpec()
+    step = jax.shard_map(moved, mesh=mesh, in_specs=on_each, out_specs=on_each)
+    params = make_params()
+    step = fo.jit(step, frozen="encoder", donate_argnums=0)
+    with pytest.warns(UserWarning, match=r"'encoder/b' \(on 1 of 8 devices\)") as told:
+        params = step(params)
+    assert [each.filename for each in told] == [__file__]
+    step(params)  # where a warning is an error
+
+
 def test_a_leaf_not_sharded_as_in_shardings_says_is_told_of():
     mesh = Mesh(np.array(host_devices(2)), "x")
     split = NamedSharding(mesh, PartitionSpec("x"))

@@ -349,7 +349,7 @@ RULES: Mapping[str, Rule] = {
     "select_n": Rule(_control.select),
     # Handed on.
     "copy": Rule(_control.handed_on),
-    "device_put": Rule(_control.handed_on, "devices srcs copy_semantics"),
+    "device_put": Rule(_control.placed, "devices srcs copy_semantics"),
     "layout_constraint": Rule(_control.handed_on, "layout"),
     "mesh_cast": Rule(_control.handed_to_other_devices, "dst_sharding"),
     "name": Rule(_control.handed_on, "name"),
