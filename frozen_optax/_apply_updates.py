@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from frozen_optax import _bits
 from frozen_optax._elements import resolve_in_part
 from frozen_optax._parts import Part
+from frozen_optax._resolution import Resolution
 from frozen_optax._trees import (
     describe,
     is_at_hand,
@@ -20,7 +21,7 @@ from frozen_optax._trees import (
     paths_of,
     up_to,
 )
-from frozen_optax._typing import Frozen, Leaf, PyTree
+from frozen_optax._typing import Array, Frozen, Leaf, PyTree
 
 
 def _sum(param: Leaf, update: Leaf) -> Leaf:
@@ -74,24 +75,44 @@ def _apply_in_part(part: Part, param: Leaf, update: Leaf) -> Leaf:
     return _bits.moved(part.put(_bits.movable(summed), _bits.movable(whole)), whole.dtype)
 
 
-def _refuse_movement(path: str, part: Part | None, param: Leaf, update: Leaf) -> None:
-    """Raise where the update of what is frozen is at hand, and not zero."""
-    if not (is_number(update) and is_at_hand(update)) or _bits.is_known_zero(update):
-        return
-    found = describe(update)
+def _is_moving(update: Array) -> Array:
+    return jnp.any(update != 0)
+
+
+_is_moving_on_device = jax.jit(_is_moving)
+
+
+def _begin(part: Part | None, update: Leaf) -> Array:
+    """Whether an update that is at hand moves what is frozen; on a device it is only begun."""
     if is_python_number(update):
-        update = np.asarray(bool(update))  # of any size, and of any kind
+        return np.asarray(bool(update))  # of any size, and of any kind
+    if part is None or np.shape(update) != part.shape:
+        return _is_moving_on_device(update)
+    moves = jnp.asarray(update) != 0
+    return jnp.any(part.choose(moves, jnp.zeros_like(moves)))
+
+
+def _refuse_movement(resolution: Resolution, updates: Sequence[Leaf]) -> None:
+    """Raise where the update of what is frozen is at hand, and not zero."""
+    frozen = [
+        (index, update)
+        for index, update in enumerate(updates)
+        if (resolution.selected[index] or index in resolution.parts)
+        and not _bits.is_known_zero(update)
+        and is_number(update)
+        and is_at_hand(update)
+    ]
     with jax.ensure_compile_time_eval():  # under a trace, too, what is at hand has its value
-        moves = jnp.asarray(update) != 0
-        if part is not None and np.shape(update) == part.shape:
-            moves = part.choose(moves, jnp.zeros_like(moves))
-        is_moved = bool(jnp.any(moves))
-    if is_moved:
-        what = "is frozen" if part is None else "has frozen elements"
-        raise ValueError(
-            f"{path!r} {what}, and its update there is not zero: {found} comes from an "
-            "optimizer that trains it. Give the optimizer that made the updates, frozen=tx."
-        )
+        begun = [_begin(resolution.parts.get(index), update) for index, update in frozen]
+        moved = jax.device_get(begun)  # all were begun before the first is waited for
+    for (index, update), is_moved in zip(frozen, moved, strict=True):
+        if is_moved:
+            what = "has frozen elements" if index in resolution.parts else "is frozen"
+            raise ValueError(
+                f"{resolution.paths[index]!r} {what}, and its update there is not zero: "
+                f"{describe(update)} comes from an optimizer that trains it. Give the optimizer "
+                "that made the updates, frozen=tx."
+            )
 
 
 def apply_updates(
@@ -131,15 +152,15 @@ def apply_updates(
       [-0.0, 1.5]
     """
     leaves, treedef = jax.tree.flatten(params)
-    pairs = zip(leaves, up_to(treedef, updates, "updates"), strict=True)
+    added = up_to(treedef, updates, "updates")
+    parts: Mapping[int, Part] = {}
+    if frozen is not None or trainable is not None:
+        resolution = resolve_in_part(frozen, trainable, params)
+        _refuse_movement(resolution, added)
+        parts = resolution.parts
     new: list[Leaf] = []
-    is_said = frozen is not None or trainable is not None
-    resolution = resolve_in_part(frozen, trainable, params) if is_said else None
-    parts = {} if resolution is None else resolution.parts
-    for index, (param, update) in enumerate(pairs):
+    for index, (param, update) in enumerate(zip(leaves, added, strict=True)):
         part = parts.get(index)
-        if resolution is not None and (part or resolution.selected[index]):
-            _refuse_movement(resolution.paths[index], part, param, update)
         try:
             new.append(_apply_in_part(part, param, update) if part else _apply(param, update))
         except (TypeError, ValueError) as error:
