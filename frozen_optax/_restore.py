@@ -39,8 +39,8 @@ def _differs(leaf: Leaf, reference: Leaf, is_object: bool) -> str | None:
         fits = (is_object and alike) or type(leaf) is type(reference)
     if not fits:
         is_shape = isinstance(reference, jax.ShapeDtypeStruct)
-        what = f"{describe(reference)} that is a shape without values" if is_shape else None
-        return f"found {what or describe(reference)}, expected {describe(leaf)}"
+        of_shape = " that is a shape without values" if is_shape else ""
+        return f"found {describe(reference)}{of_shape}, expected {describe(leaf)}"
     here, there = _sharding(leaf), _sharding(reference)
     if here is not None and there is not None and not here.is_equivalent_to(there, np.ndim(leaf)):
         return f"found it on {there}, expected {here}"
